@@ -1,0 +1,164 @@
+"""One batch of graded answers -> one update of the gates (or a few)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlkv.attention import Mixed
+from rlkv.logprobs import response_logprobs
+from rlkv.objective import advantages, policy_loss
+from rlkv.penalty import Penalty
+from rlkv.rewards import Verdict
+from rlkv.settings import TrainConfig
+
+
+@dataclass
+class Sample:
+    """One graded answer: tokens and, for each response token, the sampler's log-probability."""
+
+    prompt: list[int]
+    response: list[int]
+    logprobs: list[float]
+    verdict: Verdict
+    advantage: float = 0.0
+    prox: torch.Tensor | None = None  # [response tokens], only with several updates a batch
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def pack(samples: list[Sample], budget: int) -> list[list[Sample]]:
+    """Micro-batches of at most ``budget`` padded tokens (a longer answer goes alone), longest first."""
+    batches: list[list[Sample]] = []
+    for sample in sorted(samples, key=len, reverse=True):
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= budget:
+            batches[-1].append(sample)
+        else:
+            batches.append([sample])
+    return batches
+
+
+class Learner:
+    """Owns the gates (float32 parameter [layers, kv_heads] on the model's device) and their optimiser.
+
+    The model's weights are frozen, not copied; only the gates ever get a gradient.
+    """
+
+    def __init__(self, model: Any, gates: torch.Tensor, config: TrainConfig, penalty: Penalty) -> None:
+        self.model, self.config, self.penalty = model, config, penalty
+        self.gates = torch.nn.Parameter(gates.to(model.device, torch.float32))
+        self.optimiser = torch.optim.AdamW(
+            [self.gates],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def update(self, samples: list[list[Sample]], step: int) -> dict[str, float]:
+        """Learn from ``samples`` [prompts][samples per prompt]; returns what happened, by name."""
+        rewards = torch.tensor([[float(sample.verdict.score) for sample in group] for group in samples])
+        lengths = torch.tensor([[len(sample.response) for sample in group] for group in samples])
+        for group, values in zip(
+            samples, advantages(self.config.advantage, rewards, lengths).tolist(), strict=True
+        ):
+            for sample, value in zip(group, values, strict=True):
+                sample.advantage = value
+        pressure = self.penalty.gradient(self.gates, rewards.mean().item(), step)
+        parts = self.config.minibatches_per_batch
+        if parts > 1:
+            self.remember_prox([sample for group in samples for sample in group])
+        totals: dict[str, float] = {}
+        for part in range(parts):
+            chunk = [sample for group in samples[part::parts] for sample in group]
+            for key, value in self.step(chunk, pressure).items():
+                totals[key] = totals.get(key, 0.0) + value / parts
+        return {"penalty_grad": pressure.abs().mean().item(), **totals}
+
+    def step(self, samples: list[Sample], pressure: torch.Tensor) -> dict[str, float]:
+        """One optimiser step. Answers of advantage 0 only add their tokens to the mean: not computed."""
+        self.optimiser.zero_grad()
+        total = sum(len(sample.response) for sample in samples)
+        useful = [sample for sample in samples if sample.advantage != 0 and sample.response]
+        sums = torch.zeros(4, dtype=torch.float64, device=self.gates.device)
+        trained = sum(len(sample.response) for sample in useful)
+        for batch in pack(useful, self.config.max_tokens_per_microbatch):
+            new = self.logprobs(batch)
+            flat = policy_loss(
+                new,
+                self.join([torch.tensor(sample.logprobs) for sample in batch]),
+                self.join([torch.full((len(sample.response),), sample.advantage) for sample in batch]),
+                prox=None if batch[0].prox is None else self.join([sample.prox for sample in batch]),
+                clip=self.config.clip,
+                weight_cap=self.config.weight_cap,
+            )
+            loss = flat.loss.sum() / total
+            loss.backward()
+            parts = (flat.loss.detach().sum() / total, flat.clipped.sum(), flat.weight.sum(), flat.gap.sum())
+            sums += torch.stack([part.double() for part in parts])
+        policy_grad = 0.0 if self.gates.grad is None else self.gates.grad.abs().mean().item()
+        self.gates.grad = pressure.clone() if self.gates.grad is None else self.gates.grad + pressure
+        norm = torch.nn.utils.clip_grad_norm_([self.gates], self.config.max_grad_norm).item()
+        finite = math.isfinite(norm)
+        if finite:
+            self.optimiser.step()
+            with torch.no_grad():
+                self.gates.clamp_(0, 1)
+        loss_value, clipped, weight, gap = sums.tolist()
+        shown = max(trained, 1)
+        return {
+            "policy_loss": loss_value,
+            "policy_grad": policy_grad,
+            "grad_norm": norm,
+            "skipped_update": float(not finite),
+            "clip_fraction": clipped / shown,
+            "behaviour_weight": weight / shown if trained else 1.0,
+            "logprob_gap": gap / shown,
+            "trained_fraction": trained / max(total, 1),
+        }
+
+    def logprobs(self, batch: list[Sample]) -> torch.Tensor:
+        """Under the current gates, at the sampling temperature: [response tokens of the batch]."""
+        rows = [(sample.prompt, sample.response) for sample in batch]
+        mixed = Mixed(self.gates, self.config.window)
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            return response_logprobs(self.model, rows, self.config.temperature, rlkv=mixed)
+        self.model.train()  # transformers recomputes layers only in training mode
+        try:
+            return response_logprobs(self.model, rows, self.config.temperature, rlkv=mixed)
+        finally:
+            self.model.eval()
+
+    @torch.no_grad()
+    def remember_prox(self, samples: list[Sample]) -> None:
+        """Keep the log-probabilities before the first of several updates."""
+        useful = [sample for sample in samples if sample.advantage != 0 and sample.response]
+        for batch in pack(useful, self.config.max_tokens_per_microbatch):
+            lengths = [len(sample.response) for sample in batch]
+            for sample, prox in zip(batch, self.logprobs(batch).split(lengths), strict=True):
+                sample.prox = prox
+
+    def join(self, pieces: list[Any]) -> torch.Tensor:
+        return torch.cat(pieces).to(self.gates.device, torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: copies on the CPU."""
+        return {"gates": self.gates.detach().cpu().clone(), "optimiser": to_cpu(self.optimiser.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        with torch.no_grad():
+            self.gates.copy_(state["gates"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+def to_cpu(value: Any) -> Any:
+    """Copies of all tensors in nested containers, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    return [to_cpu(item) for item in value] if isinstance(value, list) else value

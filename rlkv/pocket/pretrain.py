@@ -1,0 +1,212 @@
+"""Pretrain the pocket reasoner from scratch: one GPU, under ten minutes, plain next-token imitation.
+
+    python -m rlkv.pocket.pretrain out=runs/pocket minutes=8
+
+Each step takes one batch of every task, padded to that task's longest example, with the loss on the completion
+alone (thought, answer, end). Five per cent of the reasoning examples are asked without a thought, so that
+"answer at once" is something the model was taught, not something it never saw. Weights are trained in float32
+under bfloat16 autocast and saved in bfloat16; the learning rate falls to zero when the time is up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from rlkv.config import load
+from rlkv.pocket.tasks import REASONING, TASKS, examples
+from rlkv.pocket.tokenizer import VOCABULARY, build_tokenizer, encode
+
+WIDTHS = {"resolve": 480, "search": 640, "ledger": 448, "recall": 240}  # tokens: no longer example exists
+EOS = VOCABULARY["<eos>"]
+
+
+@dataclass
+class PretrainConfig:
+    """``python -m rlkv.pocket.pretrain key=value ...``"""
+
+    out: Path = Path("runs/pocket")
+    minutes: float = 7.0  # wall-clock time of training
+    layers: int = 6
+    width: int = 256
+    query_heads: int = 16
+    kv_heads: int = 8
+    head_dim: int = 16
+    mlp: int = 512
+    rope_theta: float = 1e5
+    rows: int = 32  # examples of each task a step
+    examples: int = 300_000  # drawn beforehand, of each task
+    no_thought: float = 0.05  # share of reasoning examples asked without a thought
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.1
+    workers: int = 14
+    seed: int = 0
+    compile: bool = True  # fuse each decoder layer's small operations (Inductor)
+    device: str = "cuda"
+
+
+def build_model(config: PretrainConfig) -> Qwen3ForCausalLM:
+    """A small Qwen3 with random weights."""
+    torch.manual_seed(config.seed)
+    shape = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=config.width,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.query_heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=False,
+        bos_token_id=VOCABULARY["<bos>"],
+        eos_token_id=EOS,
+        pad_token_id=VOCABULARY["<pad>"],
+    )
+    model = Qwen3ForCausalLM(shape)
+    model.generation_config = GenerationConfig(
+        bos_token_id=VOCABULARY["<bos>"], eos_token_id=EOS, pad_token_id=VOCABULARY["<pad>"], do_sample=False
+    )
+    return model
+
+
+def draw(task: str, count: int, seed: int, no_thought: float, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """``count`` examples as tokens uint8 [count, width] and completion starts int16 [count]."""
+    rng, source = random.Random(seed), examples(task, split, seed)
+    tokens = np.full((count, WIDTHS[task]), VOCABULARY["<pad>"], dtype=np.uint8)
+    starts = np.zeros(count, dtype=np.int16)
+    for row in range(count):
+        example = next(source)
+        prompt, thought = f"<bos><user>{example.prompt}<assistant><think>", f"{example.thought}</think>"
+        if task in REASONING and rng.random() < no_thought:
+            prompt, thought = prompt + "</think>", ""
+        head = encode(prompt)
+        ids = head + encode(f"{thought}\\boxed{{{example.answer}}}<eos>")
+        tokens[row, : len(ids)], starts[row] = ids, len(head)
+    return tokens, starts
+
+
+class Pool:
+    """Pre-drawn examples of one task on the device; hands out random batches."""
+
+    def __init__(self, task: str, config: PretrainConfig, executor: ProcessPoolExecutor) -> None:
+        share = math.ceil(config.examples / config.workers)
+        jobs = [
+            executor.submit(draw, task, share, config.seed * 10_000 + worker, config.no_thought)
+            for worker in range(config.workers)
+        ]
+        parts = [job.result() for job in jobs]
+        self.tokens = torch.from_numpy(np.concatenate([part[0] for part in parts])).to(config.device)
+        self.starts = torch.from_numpy(np.concatenate([part[1] for part in parts])).to(config.device)
+
+    def batch(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input ids [rows, width] and next-token labels, -100 outside the completion."""
+        picked = torch.randint(len(self.tokens), (rows,), device=self.tokens.device)
+        return label(self.tokens[picked].long(), self.starts[picked])
+
+
+def label(ids: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token labels of the completion: position t is labelled with token t + 1."""
+    labels = ids.roll(-1, dims=1)
+    place = torch.arange(ids.shape[1], device=ids.device)
+    outside = (place < starts[:, None] - 1) | (labels == VOCABULARY["<pad>"]) | (place == ids.shape[1] - 1)
+    return ids, labels.masked_fill(outside, -100)
+
+
+def logits_of(model: Qwen3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """[rows, width, vocabulary]; right padding needs no mask, which keeps the fused causal attention."""
+    place = torch.arange(ids.shape[1], device=ids.device)[None]
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        hidden = model.model(ids, attention_mask={"full_attention": None}, position_ids=place, use_cache=False)
+        return model.lm_head(hidden.last_hidden_state).float()
+
+
+@torch.no_grad()
+def exact(model: Qwen3ForCausalLM, held: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    """Share of held-out examples whose every completion token is the arg max: the greedy trace is then right."""
+    result = {}
+    for task, (ids, labels) in held.items():
+        right = (logits_of(model, ids).argmax(-1) == labels) | (labels == -100)
+        result[task] = right.all(dim=1).float().mean().item()
+    return result
+
+
+def train(config: PretrainConfig) -> Qwen3ForCausalLM:
+    """Train until the time is up; writes ``log.jsonl`` as it goes and the model at the end."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    model = build_model(config).to(config.device)
+    if config.compile:  # by layer: one compilation serves all layers and all widths
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters; drawing {config.examples:,} examples of each task", flush=True)
+    drawing = time.time()
+    with ProcessPoolExecutor(config.workers) as executor:
+        pools = {task: Pool(task, config, executor) for task in TASKS}
+    held = {}
+    for task in TASKS:
+        tokens, starts = draw(task, 256, 1, 0.0, split="dev")
+        held[task] = label(torch.from_numpy(tokens).long().to(config.device), torch.from_numpy(starts).to(config.device))
+    print(f"drawn in {time.time() - drawing:.0f} s", flush=True)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = config.device.startswith("cuda")
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=fused)
+    started, step, next_report = time.time(), 0, 0.0
+    with (config.out / "log.jsonl").open("w") as log:
+        while (elapsed := (time.time() - started) / 60) < config.minutes:
+            rate = min(1.0, (step + 1) / config.warmup_steps) * (1 - elapsed / config.minutes)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * rate
+            losses = {}
+            for task, pool in pools.items():
+                ids, labels = pool.batch(config.rows)
+                losses[task] = cross_entropy(logits_of(model, ids).flatten(0, 1), labels.flatten()) / len(TASKS)
+                losses[task].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if step % 20 == 0:
+                torch.cuda.synchronize() if fused else None  # keeps the clock honest
+            if elapsed >= next_report:
+                next_report = elapsed + 0.5
+                row = {"step": step, "minutes": round(elapsed, 2), "learning_rate": round(rate, 4)}
+                row["loss"] = {task: round(loss.item() * len(TASKS), 4) for task, loss in losses.items()}
+                row["exact"] = {task: round(value, 4) for task, value in exact(model, held).items()}
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                print(row, flush=True)
+    model.to(torch.bfloat16).save_pretrained(config.out)
+    build_tokenizer().save_pretrained(config.out)
+    model.float()
+    final = exact(model, held)
+    card = {
+        "parameters": parameters,
+        "steps": step,
+        "minutes": round((time.time() - started) / 60, 2),
+        "exact_trace_dev": final,
+        "device": torch.cuda.get_device_name() if fused else "cpu",
+        "torch": torch.__version__,
+        "config": {**asdict(config), "out": str(config.out)},
+    }
+    (config.out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    print(f"{step} steps; exact traces on dev after rounding to bfloat16: {final}", flush=True)
+    return model
+
+
+if __name__ == "__main__":
+    train(load(PretrainConfig, None, sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""What goes into the sampler, checked, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from rlkv.errors import RLKVError
+
+
+@dataclass
+class Completion:
+    """One finished request: ``tokens`` without the prompt, with the stop token.
+
+    ``logprobs``: of each token at the sampling temperature, before top-k and top-p (greedy: temperature 1).
+    """
+
+    index: int
+    tokens: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length"]
+
+
+def checked_prompts(prompts: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
+    """The prompts as lists; raises RLKVError for an empty one and for one that leaves no room for a token."""
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise RLKVError(f"sampler: prompt {index} is empty; give it at least one token")
+        if len(prompt) >= max_length:
+            raise RLKVError(
+                f"sampler: prompt {index} has {len(prompt)} tokens, but prompt and completion together may "
+                f"have max_length={max_length}; shorten the prompt or raise max_length"
+            )
+    return [[int(token) for token in prompt] for prompt in prompts]
+
+
+def checked_gates(
+    gates: torch.Tensor | None, prompts: int, layers: int, kv_heads: int, device: torch.device
+) -> torch.Tensor | None:
+    """Gates as float32 [1 or prompts, layers, kv_heads] on the device; None when every head is full."""
+    if gates is None:
+        return None
+    shape, shapes = list(gates.shape), [[layers, kv_heads], [prompts, layers, kv_heads]]
+    if shape not in shapes:
+        raise RLKVError(
+            f"sampler: gates must have shape {shapes[0]} (layers, KV heads) or {shapes[1]} (one set a "
+            f"prompt), got {shape}"
+        )
+    if not torch.isfinite(gates).all():
+        raise RLKVError("sampler: the gates hold NaN or infinity; load or initialise them again")
+    if (gates == 1).all():
+        return None
+    return gates.detach().to(device, torch.float32).reshape(-1, layers, kv_heads)
+
+
+def end_ids(model: Any) -> tuple[int, ...]:
+    """End-of-sequence ids of the model's generation config, else of its config; empty if it names none."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return (eos,) if isinstance(eos, int) else tuple(eos)
+    return ()

@@ -1,0 +1,42 @@
+"""CUDA graphs of the decode step: one launch instead of some hundred, one graph for each shape of step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+
+class StepGraphs:
+    """Runs a step the first time, captures it the second time, replays it from then on.
+
+    A step must read and write tensors that stay in place, wait for nothing, and do the same for the same key.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._seen: set[Hashable] = set()
+        self._pool: Any = None
+        self._weights: tuple[int, ...] = ()
+
+    def refresh(self) -> None:
+        """Forget graphs that read weights which have since moved elsewhere."""
+        weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
+        if weights != self._weights:
+            self._weights = weights
+            self._graphs.clear()
+            self._seen.clear()
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        if key not in self._seen:  # libraries set themselves up outside a capture
+            self._seen.add(key)
+            step()
+            return
+        if key not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                step()
+            self._graphs[key], self._pool = graph, graph.pool()
+        self._graphs[key].replay()

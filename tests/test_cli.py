@@ -1,0 +1,228 @@
+"""The command line: words, exit codes, and one clear sentence for each kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_folder import save_gates, save_model, save_problems
+
+from rlkv import __version__
+from rlkv.cli import main, read_words
+from rlkv.commands import COMMANDS
+from rlkv.errors import RLKVError
+from rlkv.gates import HeadGates
+from rlkv.mask import HeadMask
+from rlkv.window import Window
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    model = save_model(folder / "model")
+    save_gates(folder / "gates", model)
+    save_problems(folder / "test.jsonl")
+    save_problems(folder / "dev.jsonl", start=50)
+    (folder / "empty.jsonl").write_text("")
+    save_model(folder / "other", num_key_value_heads=2)
+    HeadGates(torch.rand(3, 2)).save(folder / "narrow")
+    (folder / "nan.tsv").write_text("1\t1\t1\n1\tnan\t1\n1\t1\t1\n")
+    return folder
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command that exits with 2 says: one line, after whatever loading bars there were."""
+    capsys.readouterr()
+    assert main(words) == 2
+    *bars, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert not any("error" in bar.lower() for bar in bars)
+    return error
+
+
+EVAL = (
+    "eval",
+    "gates={home}/gates",
+    "data={home}/test.jsonl",
+    "output={out}",
+    "max_new_tokens=8",
+    "device=cpu",
+)
+GENERATE = ("generate", "gates={home}/gates", "max_new_tokens=8", "device=cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("rank", "{home}/nan.tsv", "sparsity=0.5"), "row 2 (layer 1), column 2 (KV head 1) is nan"),
+        (
+            (*EVAL, "gates={home}/narrow", "model={home}/model", "window=4+16"),
+            "wrong shape: 3 layers x 2 KV heads",
+        ),
+        ((*EVAL, "model={home}/other"), "gates made for another model: qwen3"),
+        ((*GENERATE, "model={home}/other", "prompt=ab"), "gates made for another model: qwen3"),
+        (("rank", "{home}/none", "sparsity=0.5"), "{home}/none: no such file or folder"),
+        ((*EVAL, "data={home}/none.jsonl"), "{home}/none.jsonl: no such file"),
+        (
+            (*EVAL, "model={home}/none"),
+            "model '{home}/none' could not be loaded (a hub id or a local folder)",
+        ),
+        (("train", "{home}/none.yaml"), "cannot read the config file {home}/none.yaml: No such file"),
+        (("plot", "{home}/none"), "{home}/none: no such folder"),
+        ((*GENERATE, "@{home}/none.txt"), "cannot read the prompt file {home}/none.txt"),
+        (("train", "stepz=3"), "unknown setting 'stepz': did you mean 'steps'?"),
+        (("eval", "out=x"), "unknown setting 'out': did you mean 'output'?"),
+        (
+            ("rank", "{home}/gates", "sparsity=1.5"),
+            "sparsity is the fraction of heads made local, within [0, 1]",
+        ),
+        (
+            (*EVAL, "sparsities=0.5,-0.1"),
+            "sparsity is the fraction of heads made local, within [0, 1]; got -0.1",
+        ),
+        ((*GENERATE, "sparsity=2", "prompt=ab"), "within [0, 1]; got 2.0"),
+        ((*EVAL, "window=4+0"), "setting 'window': window: recent must be 1 or more, got 0"),
+        (("train", "window=4+0"), "setting 'window': window: recent must be 1 or more, got 0"),
+        ((*GENERATE, "prompt=" + "ab=12;" * 60), "the prompt has 364 tokens; the context of"),
+        ((*EVAL, "data={home}/empty.jsonl"), "{home}/empty.jsonl: the prompt set is empty"),
+        (
+            (*EVAL, "prompt_column=question"),
+            "row 1 has no column 'question'; it has prompt, answer, id, task",
+        ),
+        (("rank", "{home}/gates"), "give exactly one of sparsity=…, memory=… and max_loss=…; none given"),
+        (("rank", "{home}/gates", "sparsity=0", "memory=1GiB"), "sparsity and memory given"),
+        (("rank", "{home}/gates", "memory=1KiB", "length=9999"), "even with every head local"),
+        (("rank", "{home}/gates", "memory=lots"), "expected a size such as 8GiB"),
+        (("rank", "sparsity=0.5"), "setting 'gates' is missing: give gates=…"),
+        (("rank", "a", "b"), "don't know what to do with 'b'"),
+        (("eval", "--gates"), "--gates needs a value"),
+        (("eval", "methods=rlkv"), "the method rlkv needs gates=FOLDER"),
+        (("eval", "methods=random", "window=4+16"), "no model is named"),
+        (("eval", "methods=random", "model=pocket"), "no window is known"),
+        (("generate", "hello"), "give either gates=FOLDER (and sparsity=…) or mask=FILE"),
+        ((*GENERATE, "prompt= "), "the prompt is empty"),
+        ((*GENERATE, "pocket:resolve"), "expected pocket:TASK:NUMBER"),
+        (("trian",), "unknown command 'trian': did you mean 'train'?"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    filled = [word.format(home=home, out=tmp_path) for word in words]
+    assert message.format(home=home) in fails(capsys, *filled)
+
+
+def test_words_are_sorted_into_config_subject_and_settings() -> None:
+    assert read_words(["a.yaml", "x=1", "y=a=b"], "") == ("a.yaml", ["x=1", "y=a=b"])
+    assert read_words(["gates/x", "x=1"], "gates") == (None, ["gates=gates/x", "x=1"])
+    assert read_words(["--max-loss", "0.02", "--model=pocket"], "") == (
+        None,
+        ["max_loss=0.02", "model=pocket"],
+    )
+    assert read_words(["x=1", "subject"], "s") == (None, ["s=subject", "x=1"])
+    with pytest.raises(RLKVError, match="two config files"):
+        read_words(["a.yaml", "b.yml"], "")
+
+
+def test_eval_prints_the_table_and_writes_the_folder(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(home=home, out=tmp_path) for word in EVAL]
+    assert main([*words, "sparsities=0.5", "random_masks=2", "reward=tiny_folder:parity"]) == 0
+    printed = capsys.readouterr().out
+    assert "full cache" in printed and "random (mean of 2)" in printed and "RLKV" in printed
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files >= {"config.yaml", "rows.jsonl", "results.json", "table.md", "accuracy_kv.png", "masks"}
+    assert json.loads((tmp_path / "results.json").read_text())["problems"] == 5
+
+
+def test_rank_writes_the_mask_that_the_sentence_describes(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "deep" / "mask.json"
+    assert main(["rank", f"{home}/gates", "sparsity=0.5", f"output={path}", "length=100"]) == 0
+    printed = capsys.readouterr().out
+    mask = HeadMask.load(path)
+    assert f"sparsity {mask.sparsity:.3f} (asked for 0.5)" in printed
+    assert mask.window == Window(2, 6) and mask.sparsity == pytest.approx(5 / 9)
+    assert f"full heads a layer: {' '.join(map(str, mask.per_layer()))}" in printed
+
+
+def test_rank_by_memory_takes_the_fewest_local_heads_that_fit(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mask.json"
+    a_token = 2 * 8 * 4  # key and value, head_dim, float32
+    budget = (6 * 100 + 3 * 8) * a_token
+    for spare, local in ((0, 3), (-1, 4)):
+        words = [f"memory={budget + spare}", "length=100", "bytes_per_value=4", f"output={path}"]
+        assert main(["rank", f"{home}/gates", *words]) == 0
+        assert int((~HeadMask.load(path).full).sum()) == local
+
+
+def test_rank_by_loss_answers_development_problems(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"data={home}/dev.jsonl", "max_new_tokens=8", "reward=tiny_folder:parity", "device=cpu"]
+    assert main(["rank", f"{home}/gates", "max_loss=1", *words, f"output={tmp_path}/mask.json"]) == 0
+    assert "loses at most 100.0% on the dev split" in capsys.readouterr().out
+    assert HeadMask.load(tmp_path / "mask.json").sparsity == pytest.approx(8 / 9)  # all that was tried fits
+
+
+def test_generate_reports_the_bytes_of_the_cache(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_text("search " + "ab=12;" * 20)
+    words = [word.format(home=home) for word in GENERATE]
+    assert main([*words, f"@{tmp_path}/prompt.txt", "sparsity=1", "max_new_tokens=60"]) == 0
+    printed = capsys.readouterr().out
+    assert "9 of 9 KV heads local, window 2+6" in printed
+    assert "search ab=12;" in printed
+    # 9 heads x 8 tokens x (key and value of 8 float32 values)
+    assert "the cache holds 4.5 KiB (measured)" in printed
+
+
+def test_help_needs_no_torch_and_lists_every_command() -> None:
+    code = "import sys, rlkv.cli; rlkv.cli.main(['--help']); assert 'torch' not in sys.modules"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(f"  {name} " in found.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_each_command_explains_its_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: rlkv {name}") and COMMANDS[name] in printed
+    lines = printed.splitlines()
+    heads = [index for index, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
+    assert all(lines[index + 1 : index + 2] and lines[index + 1].startswith("      ") for index in heads)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["version"], ["--version"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out == f"rlkv {__version__}\n"
+
+
+def test_a_real_process_exits_with_2_and_no_traceback(home: Path) -> None:
+    command = [sys.executable, "-m", "rlkv.cli", "rank", f"{home}/none", "sparsity=0.5"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_ctrl_c_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlkv.commands.version.run", interrupt)
+    assert main(["version"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
