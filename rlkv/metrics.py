@@ -65,7 +65,12 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        columns = (
+            MofNCompleteColumn(),
+            BarColumn(bar_width=10),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
         self.bar = Bar(*columns)
         self.bar.start()
         self.task = self.bar.add_task("sampling the first batch", total=total, completed=done)
@@ -81,9 +86,8 @@ class Progress:
         """One step is done."""
         self.done, self.steps, self.seconds = self.done + 1, self.steps + 1, self.seconds + values["seconds"]
         text = (
-            f"reward {values['reward']:.2f}  gate {values['gate_mean']:.2f}  "
-            f"sparsity {values['sparsity']:.2f}  "
-            f"{values['rollout_tokens_per_second']:,.0f} + {values['train_tokens_per_second']:,.0f} tok/s"
+            f"reward {values['reward']:.2f} gate {values['gate_mean']:.2f} local {values['sparsity']:.0%} "
+            f"{kilo(values['rollout_tokens_per_second'])} + {kilo(values['train_tokens_per_second'])} tok/s"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, description=text)
@@ -97,6 +101,11 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def kilo(rate: float) -> str:
+    """``950``, ``7.7k``, ``55k``."""
+    return f"{rate:.0f}" if rate < 1000 else f"{rate / 1000:.1f}k" if rate < 10_000 else f"{rate / 1000:.0f}k"
 
 
 def clock(seconds: float) -> str:

@@ -100,9 +100,12 @@ def summarise_group(
 
 
 def accuracy(table: np.ndarray) -> Estimate:
-    """Mean of ``table`` [masks, problems]: Wilson for one mask of verdicts 0 and 1, else crossed effects."""
-    if len(table) == 1 and np.isin(table, (0, 1)).all():
-        return wilson(int(table.sum()), table.shape[1])
+    """Mean of ``table`` [masks, problems]: Wilson for one mask of verdicts 0 and 1, else crossed effects.
+
+    Masks that are all right or all wrong everywhere count as one: no spread to see is not certainty.
+    """
+    if np.isin(table, (0, 1)).all() and (len(table) == 1 or np.ptp(table) == 0):
+        return wilson(int(table[0].sum()), table.shape[1])
     return within(crossed_mean(table), 0.0, 1.0)
 
 
@@ -122,7 +125,8 @@ def difference(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
         "lost_to": float(((first == 1) & (second < 1)).sum() / len(delta)),
         "gained_on": float(((first < 1) & (second == 1)).sum() / len(delta)),
     }
-    if len(delta) == 1 and np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
+    binary = np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()
+    if binary and (len(delta) == 1 or np.ptp(delta) == 0):
         paired = compare([bool(item) for item in first[0]], [bool(item) for item in second[0]])
         return {"minus": asdict(paired.difference), **flips, "mcnemar_p": paired.p_value}
     return {"minus": asdict(within(crossed_mean(delta), -1.0, 1.0)), **flips}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from rlkv.attention import NAME
 from rlkv.errors import RLKVError
 from rlkv.requests import Completion, checked_gates, checked_prompts, end_ids
 from rlkv.sampling import SamplingParams, choose, request_keys
+from rlkv.schedule import Pace, Schedule
 from rlkv.slot_state import SlotState
 from rlkv.slots import Prefill, SlotCache, Span
 from rlkv.step_graphs import StepGraphs
@@ -31,25 +31,14 @@ __all__ = ["Completion", "Sampler", "SamplingParams"]
 
 @dataclass
 class _Run:
-    """One call of ``generate``: what waits, and which request holds which slot."""
+    """One call of ``generate``."""
 
     prompts: list[list[int]]
     params: SamplingParams
     gates: torch.Tensor | None  # [1 or N, layers, kv_heads]
     keys: torch.Tensor  # random stream of each request
     stop: torch.Tensor
-    waiting: deque[int]
-    owner: list[int | None]  # request of each slot
-    reach: list[int]  # upper bound of each slot's position
-    rows: int  # slots that a step computes
-
-    @property
-    def live(self) -> list[int]:
-        return [slot for slot in range(self.rows) if self.owner[slot] is not None]
-
-    @property
-    def free(self) -> list[int]:
-        return [slot for slot in range(self.rows) if self.owner[slot] is None]
+    schedule: Schedule
 
 
 class Sampler:
@@ -84,11 +73,7 @@ class Sampler:
         self._heads = (shape.layers, shape.kv_heads)
         self._device = weight.device
         self._graphs = StepGraphs(model) if weight.is_cuda and cuda_graphs is not False else None
-        self._every = 8 if weight.is_cuda else 1  # steps between looks at which requests have finished
-        self._round = 128 if weight.is_cuda else 32  # columns are rounded up to this
-        self._prompt_tokens = 65536 if weight.is_cuda else 2048  # in one forward, padding included
-        self._groups = 1 if weight.is_cuda else 4  # slots of like length that attend together
-        self._refill = max(1, slots // 16) if weight.is_cuda else 1  # free slots worth a prompt pass
+        self._pace = Pace.on_cuda(slots, self._graphs is not None) if weight.is_cuda else Pace.on_cpu()
         self._stops: dict[tuple[int, ...], torch.Tensor] = {}
         self._state = SlotState(slots, max_length, *self._heads, self._device)
         self._cache = SlotCache(
@@ -119,7 +104,7 @@ class Sampler:
         done: dict[int, Completion] = {}
         began = time.perf_counter()
         with self._evaluating():
-            while run.waiting or run.live:
+            while run.schedule.waiting or run.schedule.live:
                 self._admit(run)
                 self._arrange(run)
                 self._decode(run)
@@ -144,10 +129,7 @@ class Sampler:
             gates=checked_gates(gates, len(prompts), *self._heads, self._device),
             keys=request_keys(params.seed, torch.arange(len(prompts), device=self._device)),
             stop=self._stops.setdefault(ids, self._tensor(ids)),  # one tensor for good: graphs read it
-            waiting=deque(range(len(prompts))),
-            owner=[None] * self.slots,
-            reach=[0] * self.slots,
-            rows=self._rows(len(prompts)),
+            schedule=Schedule(len(prompts), self.slots, self.max_length, self._pace),
         )
 
     @contextlib.contextmanager
@@ -163,10 +145,6 @@ class Sampler:
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _rows(self, live: int) -> int:
-        """Rows that a step computes for ``live`` requests; with graphs a power of two: few graphs."""
-        return min(self.slots, live if self._graphs is None or live < 2 else 1 << (live - 1).bit_length())
-
     def _gates_of(self, run: _Run, requests: list[int]) -> torch.Tensor | None:
         if run.gates is None or len(run.gates) == 1:
             return run.gates
@@ -174,27 +152,24 @@ class Sampler:
 
     def _admit(self, run: _Run) -> None:
         """Give free slots to waiting requests, and process their prompts up to the last token."""
-        free = run.free
-        if not run.waiting or len(free) < min(self._refill, run.rows):
+        slots = dict(sorted(run.schedule.take(), key=lambda pair: len(run.prompts[pair[0]])))
+        if not slots:
             return
-        taken = [run.waiting.popleft() for _ in range(min(len(free), len(run.waiting)))]
-        batch = sorted(taken, key=lambda request: len(run.prompts[request]))
-        slots = dict(zip(batch, free, strict=False))
+        requests, where = list(slots), self._tensor(list(slots.values()))
+        prompts = [run.prompts[request] for request in requests]
         for request, slot in slots.items():
-            run.owner[slot], run.reach[slot] = request, len(run.prompts[request]) - 1
-        where = self._tensor(list(slots.values()))
+            run.schedule.start(request, slot, len(run.prompts[request]) - 1)
         self._cache.clear(where)
         self._prefill(run, slots)
-        lengths = [len(run.prompts[request]) for request in batch]
         start = self._tensor(
             [
-                [run.prompts[request][-1] for request in batch],
-                [length - 1 for length in lengths],
-                [min(run.params.max_new_tokens, self.max_length - length) for length in lengths],
+                [prompt[-1] for prompt in prompts],
+                [len(prompt) - 1 for prompt in prompts],
+                [min(run.params.max_new_tokens, self.max_length - len(prompt)) for prompt in prompts],
             ]
         )
-        start = torch.cat([start, run.keys[self._tensor(batch)][None]])
-        gates = self._gates_of(run, batch)
+        start = torch.cat([start, run.keys[self._tensor(requests)][None]])
+        gates = self._gates_of(run, requests)
         self._state.admit(where, start, 1.0 if gates is None else gates)
 
     def _prefill(self, run: _Run, slots: dict[int, int]) -> None:
@@ -212,7 +187,7 @@ class Sampler:
                 todo.append(request)
         while todo:
             longest = len(run.prompts[todo[-1]]) - 1
-            size = max(1, self._prompt_tokens // longest)
+            size = max(1, self._pace.prompt_tokens // longest)
             todo, part = todo[:-size], todo[-size:]
             rows = [run.prompts[request][:-1] for request in part]
             self._cache.prompt(self._tensor([slots[request] for request in part]), self._gates_of(run, part))
@@ -228,56 +203,25 @@ class Sampler:
 
     def _arrange(self, run: _Run) -> None:
         """Keep the computed rows few and, where slots attend in groups, the groups of like length."""
-        live = run.live
-        rows = self._rows(len(live))
-        if not run.waiting and rows < run.rows:
-            self._move(run, list(zip([slot for slot in live if slot >= rows], run.free, strict=False)))
-            run.rows = rows
-        by_length = sorted(range(run.rows), key=lambda slot: run.reach[slot])
-        if self._cost(run, range(run.rows)) > 1.1 * self._cost(run, by_length):
-            self._move(run, [(old, new) for new, old in enumerate(by_length) if old != new])
-
-    def _move(self, run: _Run, pairs: list[tuple[int, int]]) -> None:
-        """Move requests from the first slot of each pair to the second."""
-        if not pairs:
-            return
-        source, target = self._tensor(pairs).unbind(1)
-        self._cache.move(source, target, max(run.reach[old] for old, _ in pairs))
-        self._state.move(source, target)
-        owner, reach = list(run.owner), list(run.reach)
-        for old, new in pairs:
-            run.owner[new], run.reach[new] = owner[old], reach[old]
-
-    def _spans(self, run: _Run, order: Sequence[int]) -> list[Span]:
-        """Spans of the rows as they would be with the slots in this order."""
-        size = -(-run.rows // self._groups)
-        spans: list[Span] = []
-        for start in range(0, run.rows, size):
-            farthest = max(run.reach[slot] for slot in order[start : start + size]) + self._every
-            columns = min(-(-farthest // self._round) * self._round, self.max_length)
-            first = spans.pop()[0] if spans and spans[-1][2] == columns else start
-            spans.append((first, min(start + size, run.rows), columns))
-        return spans
-
-    def _cost(self, run: _Run, order: Sequence[int]) -> int:
-        return sum((stop - start) * columns for start, stop, columns in self._spans(run, order))
+        for moves in (run.schedule.shrink(), run.schedule.sort()):
+            if moves:
+                source, target = self._tensor(moves).unbind(1)
+                self._cache.move(source, target, max(run.schedule.reach))
+                self._state.move(source, target)
 
     def _decode(self, run: _Run) -> None:
         """A few steps of every row, without waiting for their results."""
-        spans = tuple(self._spans(run, range(run.rows)))
-        params = run.params
+        spans, params = run.schedule.spans(), run.params
         drawing = (params.temperature, params.top_p, params.top_k, id(run.stop))
-        key = (spans, run.gates is None, *drawing)
-        for _ in range(self._every):
+        for _ in range(self._pace.every):
             if self._graphs is None:
                 self._step(run, spans)
             else:
-                self._graphs.run(key, lambda: self._step(run, spans))
-        for slot in run.live:
-            run.reach[slot] = min(run.reach[slot] + self._every, self.max_length - 1)
+                self._graphs.run((spans, run.gates is None, *drawing), lambda: self._step(run, spans))
+        run.schedule.advance()
 
     def _step(self, run: _Run, spans: Sequence[Span]) -> None:
-        state, rows = self._state, run.rows
+        state, rows = self._state, run.schedule.rows
         gates: torch.Tensor | None = None
         if run.gates is not None:
             gates = state.gates[:rows]
@@ -294,14 +238,13 @@ class Sampler:
         state.record(rows, token, logprob, run.stop)
 
     def _finished(self, run: _Run) -> Iterator[Completion]:
-        active = self._state.active[: run.rows].tolist()
-        slots = [slot for slot in run.live if not active[slot]]
+        active = self._state.active[: run.schedule.rows].tolist()
+        slots = [slot for slot in run.schedule.live if not active[slot]]
         if not slots:
             return
         stop = set(run.stop.tolist())
         for slot, (tokens, logprobs) in zip(slots, self._state.results(slots), strict=True):
-            index, run.owner[slot], run.reach[slot] = run.owner[slot], None, 0
-            assert index is not None
+            index = run.schedule.finish(slot)
             if math.isnan(sum(logprobs)):
                 raise RLKVError(f"sampler: NaN logits for prompt {index}; check the weights and the dtype")
             yield Completion(index, tokens, logprobs, "stop" if tokens[-1] in stop else "length")

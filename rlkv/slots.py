@@ -52,8 +52,8 @@ class SlotCache(Cache):
     def decode(self, positions: torch.Tensor, spans: Sequence[Span], gates: torch.Tensor | None) -> None:
         """The next forward is one token a slot: slot i at ``positions[i]`` (int64 [n]).
 
-        ``spans`` divide the n slots; those that matter are at positions below their span's columns, the others
-        give some finite output. ``gates`` float32 [n, layers, kv_heads], or None when every head is full.
+        ``spans`` divide the n slots; slots that matter are at positions below their span's columns, others
+        give some finite output. ``gates`` float32 [n, layers, kv_heads]; None when every head is full.
         """
         self._pass = DecodePass(self, positions, spans, gates)
 
@@ -67,7 +67,7 @@ class SlotCache(Cache):
             states[slots] = 0
 
     def move(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
-        """Copy the first ``length`` tokens of rows ``source`` to rows ``target`` (int64 [n]), read before written."""
+        """Copy the first ``length`` tokens of rows ``source`` to ``target`` (int64 [n]); reads come first."""
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[target, :, :, :length] = keys[source, :, :, :length]
             values[target, :, :length] = values[source, :, :length]
@@ -147,7 +147,11 @@ class _SpanAttention:
     ) -> torch.Tensor:
         """query [n, Hq, 1, D], scaled, and one layer's whole keys and values -> [span's slots, Hq, 1, D]."""
         start, stop, columns = self._span
-        query, keys, values = query[start:stop], keys[start:stop, ..., :columns], values[start:stop, :, :columns]
+        query, keys, values = (
+            query[start:stop],
+            keys[start:stop, ..., :columns],
+            values[start:stop, :, :columns],
+        )
         slots, kv_heads, _, dim = values.shape
         folded = query.reshape(slots * kv_heads, -1, dim)
         shape = (slots, kv_heads, folded.shape[1], columns)

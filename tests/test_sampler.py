@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 from rlkv.attention import Mixed
 from rlkv.errors import RLKVError
 from rlkv.sampler import Completion, Sampler, SamplingParams
+from rlkv.schedule import Pace
 from rlkv.slots import Prefill
 from rlkv.window import Window
 
@@ -114,7 +116,7 @@ def test_gates_of_each_prompt_are_its_own() -> None:
     model, prompts = make(), make_prompts([7, 20, 45, 20])
     prompts[3] = prompts[1]  # the same prompt under other gates must not share its cache
     gates = random_gates(len(prompts), LAYERS, KV_HEADS)
-    sampler = Sampler(model, WINDOW, slots=3, max_length=100)
+    sampler = Sampler(model, WINDOW, slots=4, max_length=100)
     params = SamplingParams(max_new_tokens=40, temperature=0)
     together = sampler.generate(prompts, params, gates)
     check_against_trainer(model, prompts, together, gates, 1.0)
@@ -214,8 +216,9 @@ def test_the_gpu_schedule_gives_the_same_completions(prefill: Prefill) -> None:
         prompts, params, gates
     )
     sampler = Sampler(model, WINDOW, slots=8, max_length=120, prefill=prefill)
-    launches, sampler._groups = Launches(), 1
-    sampler._graphs, sampler._every, sampler._round, sampler._refill = launches, 8, 64, 3  # type: ignore[assignment]
+    launches = Launches()
+    sampler._graphs = launches  # type: ignore[assignment]
+    sampler._pace = replace(Pace.on_cuda(8, graphs=True), round_columns=64, refill=3)
     completions = sampler.generate(prompts, params, gates)
     assert [(c.tokens, c.finish) for c in completions] == [(c.tokens, c.finish) for c in expected]
     spans = [span for key in launches.keys for span in key[0]]

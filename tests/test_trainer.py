@@ -147,7 +147,7 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gates = train(config, tiny_model(), TinyTokenizer())
     said = capsys.readouterr().out
     assert "trained with window 1+3 will be deployed with 1+2" in said and "prefill=full" in said
-    assert "can hardly bring a gate" in said
+    assert "can hardly bring a gate" in said and "step 1/1  reward" in said
     assert gates.card["deploy_window"] == "1+2"
 
 

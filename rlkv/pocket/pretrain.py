@@ -28,7 +28,7 @@ from rlkv.config import load
 from rlkv.pocket.tasks import REASONING, TASKS, examples
 from rlkv.pocket.tokenizer import VOCABULARY, build_tokenizer, encode
 
-WIDTHS = {"resolve": 480, "search": 640, "ledger": 448, "recall": 240}  # tokens: no longer example exists
+WIDTHS = {"resolve": 480, "search": 656, "ledger": 448, "recall": 240}  # tokens: no longer example exists
 EOS = VOCABULARY["<eos>"]
 
 
@@ -53,6 +53,7 @@ class PretrainConfig:
     weight_decay: float = 0.1
     workers: int = 14
     seed: int = 0
+    graph: bool = True  # capture the step as a CUDA graph
     compile: bool = True  # fuse each decoder layer's small operations (Inductor)
     device: str = "cuda"
 
@@ -82,7 +83,9 @@ def build_model(config: PretrainConfig) -> Qwen3ForCausalLM:
     return model
 
 
-def draw(task: str, count: int, seed: int, no_thought: float, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    task: str, count: int, seed: int, no_thought: float, split: str = "train"
+) -> tuple[np.ndarray, np.ndarray]:
     """``count`` examples as tokens uint8 [count, width] and completion starts int16 [count]."""
     rng, source = random.Random(seed), examples(task, split, seed)
     tokens = np.full((count, WIDTHS[task]), VOCABULARY["<pad>"], dtype=np.uint8)
@@ -128,64 +131,140 @@ def label(ids: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.
 def logits_of(model: Qwen3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """[rows, width, vocabulary]; right padding needs no mask, which keeps the fused causal attention."""
     place = torch.arange(ids.shape[1], device=ids.device)[None]
-    with torch.autocast(ids.device.type, torch.bfloat16):
-        hidden = model.model(ids, attention_mask={"full_attention": None}, position_ids=place, use_cache=False)
+    with torch.autocast(
+        ids.device.type, torch.bfloat16, cache_enabled=False
+    ):  # a captured graph may not cache
+        hidden = model.model(
+            ids, attention_mask={"full_attention": None}, position_ids=place, use_cache=False
+        )
         return model.lm_head(hidden.last_hidden_state).float()
 
 
-@torch.no_grad()
 def exact(model: Qwen3ForCausalLM, held: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-    """Share of held-out examples whose every completion token is the arg max: the greedy trace is then right."""
+    """Share of held-out examples whose every completion token is the arg max: the greedy trace is then right.
+
+    Runs with gradients on, because a compiled layer would be compiled a second time without them.
+    """
     result = {}
     for task, (ids, labels) in held.items():
-        right = (logits_of(model, ids).argmax(-1) == labels) | (labels == -100)
-        result[task] = right.all(dim=1).float().mean().item()
+        right = []
+        for part, target in zip(ids.split(64), labels.split(64), strict=True):
+            best = logits_of(model, part).detach().argmax(-1)
+            right.append(((best == target) | (target == -100)).all(dim=1))
+        result[task] = torch.cat(right).float().mean().item()
     return result
+
+
+class Stepper:
+    """One optimiser step over a batch of every task; on a GPU it is captured once and replayed as a graph.
+
+    The model is so small that launching its kernels one by one costs several times their run time.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM, config: PretrainConfig) -> None:
+        self.model, self.config = model, config
+        self.on_gpu = config.device.startswith("cuda")
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+        vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+        self.rate = torch.tensor(config.learning_rate, device=config.device)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=self.rate,
+            betas=(0.9, 0.98),
+            fused=self.on_gpu,
+            capturable=self.on_gpu,
+        )
+        shape = {task: (config.rows, WIDTHS[task]) for task in TASKS}
+        self.ids = {task: torch.zeros(shape[task], dtype=torch.long, device=config.device) for task in TASKS}
+        self.labels = {
+            task: torch.zeros(shape[task], dtype=torch.long, device=config.device) for task in TASKS
+        }
+        self.losses = torch.zeros(len(TASKS), device=config.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _step(self) -> None:
+        for index, task in enumerate(TASKS):
+            logits = logits_of(self.model, self.ids[task]).flatten(0, 1)
+            loss = cross_entropy(logits, self.labels[task].flatten())
+            (loss / len(TASKS)).backward()
+            self.losses[index].copy_(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def capture(self, pools: dict[str, Pool]) -> None:
+        """Compile and capture the step; the few warm-up steps are real ones at a small learning rate."""
+        self.rate.fill_(self.config.learning_rate / self.config.warmup_steps)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(4):
+                self._load(pools)
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step()
+
+    def _load(self, pools: dict[str, Pool]) -> None:
+        for task, pool in pools.items():
+            ids, labels = pool.batch(self.config.rows)
+            self.ids[task].copy_(ids)
+            self.labels[task].copy_(labels)
+
+    def run(self, pools: dict[str, Pool], rate: float) -> None:
+        """One step at ``rate`` times the peak learning rate; ``losses`` then holds each task's loss."""
+        self.rate.fill_(self.config.learning_rate * rate)
+        self._load(pools)
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
 
 
 def train(config: PretrainConfig) -> Qwen3ForCausalLM:
     """Train until the time is up; writes ``log.jsonl`` as it goes and the model at the end."""
     config.out.mkdir(parents=True, exist_ok=True)
+    started = time.time()
     model = build_model(config).to(config.device)
-    if config.compile:  # by layer: one compilation serves all layers and all widths
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters; drawing {config.examples:,} examples of each task", flush=True)
-    drawing = time.time()
+    print(
+        f"{parameters / 1e6:.2f} M parameters; drawing {config.examples:,} examples of each task", flush=True
+    )
     with ProcessPoolExecutor(config.workers) as executor:
         pools = {task: Pool(task, config, executor) for task in TASKS}
     held = {}
     for task in TASKS:
-        tokens, starts = draw(task, 256, 1, 0.0, split="dev")
-        held[task] = label(torch.from_numpy(tokens).long().to(config.device), torch.from_numpy(starts).to(config.device))
-    print(f"drawn in {time.time() - drawing:.0f} s", flush=True)
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = config.device.startswith("cuda")
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=fused)
-    started, step, next_report = time.time(), 0, 0.0
+        tokens, starts = (
+            torch.from_numpy(array).to(config.device) for array in draw(task, 256, 1, 0.0, "dev")
+        )
+        held[task] = label(tokens.long(), starts)
+    print(f"drawn after {time.time() - started:.0f} s", flush=True)
+    if config.compile:  # by layer: one compilation serves all layers and all widths
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    stepper = Stepper(model, config)
+    if stepper.on_gpu and config.graph:
+        stepper.capture(pools)
+        print(f"captured after {time.time() - started:.0f} s", flush=True)
+    began, step, next_report = time.time(), 0, 0.0
     with (config.out / "log.jsonl").open("w") as log:
-        while (elapsed := (time.time() - started) / 60) < config.minutes:
+        while (elapsed := (time.time() - began) / 60) < config.minutes:
             rate = min(1.0, (step + 1) / config.warmup_steps) * (1 - elapsed / config.minutes)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate
-            losses = {}
-            for task, pool in pools.items():
-                ids, labels = pool.batch(config.rows)
-                losses[task] = cross_entropy(logits_of(model, ids).flatten(0, 1), labels.flatten()) / len(TASKS)
-                losses[task].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            stepper.run(pools, rate)
             step += 1
-            if step % 20 == 0:
-                torch.cuda.synchronize() if fused else None  # keeps the clock honest
+            if stepper.on_gpu and step % 20 == 0:
+                torch.cuda.synchronize()  # keeps the clock honest
             if elapsed >= next_report:
                 next_report = elapsed + 0.5
                 row = {"step": step, "minutes": round(elapsed, 2), "learning_rate": round(rate, 4)}
-                row["loss"] = {task: round(loss.item() * len(TASKS), 4) for task, loss in losses.items()}
+                row["loss"] = {
+                    task: round(loss, 4) for task, loss in zip(TASKS, stepper.losses.tolist(), strict=True)
+                }
                 row["exact"] = {task: round(value, 4) for task, value in exact(model, held).items()}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
@@ -193,18 +272,19 @@ def train(config: PretrainConfig) -> Qwen3ForCausalLM:
     model.to(torch.bfloat16).save_pretrained(config.out)
     build_tokenizer().save_pretrained(config.out)
     model.float()
-    final = exact(model, held)
     card = {
         "parameters": parameters,
         "steps": step,
         "minutes": round((time.time() - started) / 60, 2),
-        "exact_trace_dev": final,
-        "device": torch.cuda.get_device_name() if fused else "cpu",
+        "exact_trace_dev": exact(model, held),
+        "device": torch.cuda.get_device_name() if stepper.on_gpu else "cpu",
         "torch": torch.__version__,
         "config": {**asdict(config), "out": str(config.out)},
     }
     (config.out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    print(f"{step} steps; exact traces on dev after rounding to bfloat16: {final}", flush=True)
+    print(
+        f"{step} steps; exact traces on dev after rounding to bfloat16: {card['exact_trace_dev']}", flush=True
+    )
     return model
 
 

@@ -49,41 +49,42 @@ def apply(value: int, sign: str, amount: int) -> int:
     return (value + amount if sign == "+" else value - amount) % 100
 
 
+def work(value: int, sign: str, amount: int) -> str:
+    """One step as it is written in a thought: the last digit of the result first, since it decides the carry."""
+    result = apply(value, sign, amount)
+    return f"{value:02}{sign}{amount:02}={result % 10}:{result:02}"
+
+
 def resolve(rng: random.Random) -> Example:
-    """A chain of 9 to 11 definitions, each naming the next, among 2 to 5 that do not matter."""
-    depth, extra = rng.randint(9, 11), rng.randint(2, 5)
+    """A chain of 8 to 10 definitions, each naming the next, among 2 to 5 that do not matter."""
+    depth, extra = rng.randint(8, 10), rng.randint(2, 5)
     names = rng.sample(string.ascii_lowercase, depth + extra)
     chain, others = names[:depth], names[depth:]
     steps = {name: (rng.choice("+-"), rng.randrange(1, 100)) for name in names}
     base = rng.randrange(100)
-    definitions = [f"{chain[-1]}={base:02}"]
-    for name, source in zip(chain[:-1], chain[1:], strict=True):
-        definitions.append(f"{name}={source}{steps[name][0]}{steps[name][1]:02}")
-    for name in others:
-        source = rng.choice([other for other in names if other != name])
-        definitions.append(f"{name}={source}{steps[name][0]}{steps[name][1]:02}")
-    down = [*definitions[1:depth], definitions[0]]
-    values, up, check = {chain[-1]: base}, [definitions[0]], []
-    for name, source in zip(reversed(chain[:-1]), reversed(chain[1:]), strict=True):
-        sign, amount = steps[name]
-        values[name] = apply(values[source], sign, amount)
-        up.append(f"{name}={values[source]:02}{sign}{amount:02}={values[name]:02}")
-    for name, source in zip(chain[:-1], chain[1:], strict=True):
-        sign, amount = steps[name]
-        check.append(f"{name}:{source}{sign}{amount:02},{values[source]:02}{sign}{amount:02}={values[name]:02}")
-    thought = ";".join(down) + "\n" + ";".join(up) + "\n" + ";".join(check)
-    rng.shuffle(definitions)
-    return Example(f"resolve {';'.join(definitions)}?{chain[0]}", thought, f"{values[chain[0]]:02}", "resolve")
+    source = dict(zip(chain[:-1], chain[1:], strict=True))
+    source |= {name: rng.choice([other for other in names if other != name]) for name in others}
+    define = {name: f"{name}={source[name]}{steps[name][0]}{steps[name][1]:02}" for name in source}
+    define[chain[-1]] = f"{chain[-1]}={base:02}"
+    values, up = {chain[-1]: base}, [define[chain[-1]]]
+    for name in reversed(chain[:-1]):
+        up.append(f"{name}={work(values[source[name]], *steps[name])}")
+        values[name] = apply(values[source[name]], *steps[name])
+    check = [f"{define[name]},{work(values[source[name]], *steps[name])}" for name in chain[:-1]]
+    thought = "\n".join(";".join(part) for part in ([define[name] for name in chain], up, check))
+    shuffled = list(define.values())
+    rng.shuffle(shuffled)
+    return Example(f"resolve {';'.join(shuffled)}?{chain[0]}", thought, f"{values[chain[0]]:02}", "resolve")
 
 
 def search(rng: random.Random) -> Example:
-    """A random tree of 31 to 35 nodes with at most 3 children each, walked depth first to the end."""
-    count = rng.randint(31, 35)
+    """A random tree of 33 to 37 nodes with at most 2 children each, walked depth first to the end."""
+    count = rng.randint(33, 37)
     names = rng.sample(string.ascii_letters, count)
     children: dict[str, list[str]] = {name: [] for name in names}
     parent: dict[str, str] = {}
     for index, name in enumerate(names[1:], start=1):
-        open_nodes = [other for other in names[max(0, index - 8) : index] if len(children[other]) < 3]
+        open_nodes = [other for other in names[max(0, index - 8) : index] if len(children[other]) < 2]
         parent[name] = rng.choice(open_nodes)
         children[parent[name]].append(name)
     root, steps, stack = names[0], [], [names[0]]
@@ -104,27 +105,31 @@ def search(rng: random.Random) -> Example:
 
 
 def ledger(rng: random.Random) -> Example:
-    """14 to 16 labelled entries, in order; the balance starts at 0."""
-    labels = string.ascii_uppercase[: rng.randint(14, 16)]
+    """12 to 14 labelled entries, in order; the balance starts at 0."""
+    labels = string.ascii_uppercase[: rng.randint(12, 14)]
     entries = [(label, rng.choice("+-"), rng.randrange(1, 100)) for label in labels]
     balance, forward = 0, []
     for label, sign, amount in entries:
-        before, balance = balance, apply(balance, sign, amount)
-        forward.append(f"{label}:{before:02}{sign}{amount:02}={balance:02}")
+        forward.append(f"{label}:{work(balance, sign, amount)}")
+        balance = apply(balance, sign, amount)
     answer, backward = balance, []
     for label, sign, amount in reversed(entries):
         undo = "-" if sign == "+" else "+"
-        before, balance = balance, apply(balance, undo, amount)
-        backward.append(f"{label}:{before:02}{undo}{amount:02}={balance:02}")
+        backward.append(f"{label}:{work(balance, undo, amount)}")
+        balance = apply(balance, undo, amount)
     prompt = "ledger " + ";".join(f"{label}{sign}{amount:02}" for label, sign, amount in entries) + "?"
     return Example(prompt, ";".join(forward) + "\n" + ";".join(backward), f"{answer:02}", "ledger")
 
 
 def recall(rng: random.Random) -> Example:
     """30 to 44 pairs of a letter and a two-digit value."""
-    values = {key: f"{rng.randrange(100):02}" for key in rng.sample(string.ascii_letters, rng.randint(30, 44))}
+    values = {
+        key: f"{rng.randrange(100):02}" for key in rng.sample(string.ascii_letters, rng.randint(30, 44))
+    }
     key = rng.choice(list(values))
-    return Example("recall " + ";".join(f"{k}={v}" for k, v in values.items()) + f"?{key}", "", values[key], "recall")
+    return Example(
+        "recall " + ";".join(f"{k}={v}" for k, v in values.items()) + f"?{key}", "", values[key], "recall"
+    )
 
 
 GENERATORS: dict[str, Callable[[random.Random], Example]] = {
