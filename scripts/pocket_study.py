@@ -26,7 +26,9 @@ from rlkv.mask import HeadMask
 from rlkv.penalty import gate_sparsity
 from rlkv.report import Entry, markdown, summarise
 
-DATA = "pocket:resolve+search+ledger"
+DATA = "pocket:resolve+search+ledger+recall"  # recall is never trained on: it needs no thought
+
+TRAIN = "pocket:resolve+search+ledger"
 
 
 @dataclass
@@ -39,7 +41,7 @@ class StudyConfig:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     targets: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
     sparsities: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625])
-    problems: int = 3072  # held-out problems, a third of each reasoning task
+    problems: int = 4096  # held-out problems, a quarter of each task
     random_masks: int = 8
     train: list[str] = field(default_factory=list)  # more settings for rlkv train
     device: str = "cuda"
@@ -52,6 +54,7 @@ class Job:
     name: str
     arguments: list[str]
     after: str = ""
+    module: str = "rlkv.cli"
 
 
 def make_jobs(config: StudyConfig) -> list[Job]:
@@ -82,7 +85,15 @@ def make_jobs(config: StudyConfig) -> list[Job]:
     common += ["slots=1024", "chunk=32768", f"device={config.device}", "dtype=float32"]
     everywhere = f"sparsities={','.join(map(str, config.sparsities))}"
     random = ["methods=random", f"random_masks={config.random_masks}"]
-    ablation = ["methods=ablation", "ablation_problems=192", everywhere, f"output={out}/eval-ablation"]
+    ablation = [
+        "methods=ablation",
+        f"ablation_data={TRAIN}",
+        "ablation_problems=192",
+        everywhere,
+        f"output={out}/eval-ablation",
+    ]
+    phenomenon = ["n=1024", f"output={out}", f"device={config.device}", "slots=1024"]
+    jobs.append(Job("phenomenon", phenomenon, module="rlkv.pocket.check"))
     jobs.append(Job("eval-ablation", ["eval", *common, *ablation]))
     for sparsity in config.sparsities:
         name = f"eval-random-{sparsity:g}"
@@ -115,7 +126,7 @@ def run_all(jobs: list[Job], config: StudyConfig) -> dict[str, float]:
             waiting.remove(ready)
             gpu = load_of.index(min(load_of))
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "4"}
-            command = [sys.executable, "-m", "rlkv.cli", *ready.arguments]
+            command = [sys.executable, "-m", ready.module, *ready.arguments]
             with (logs / ready.name).open("w") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             running[ready.name] = (process, gpu, time.time())

@@ -2,10 +2,10 @@
 
     python -m rlkv.pocket.pretrain out=runs/pocket minutes=8
 
-Each step takes one batch of every task, padded to that task's longest example, with the loss on the completion
-alone (thought, answer, end). Five per cent of the reasoning examples are asked without a thought, so that
-"answer at once" is something the model was taught, not something it never saw. Weights are trained in float32
-under bfloat16 autocast and saved in bfloat16; the learning rate falls to zero when the time is up.
+Each step takes one batch of every task, padded to that task's longest example, with the loss on the
+completion alone (thought, answer, end). Five per cent of the reasoning examples are asked without a thought,
+so that "answer at once" is something the model was taught, not something it never saw. Weights are trained in
+float32 under bfloat16 autocast and saved in bfloat16; the learning rate falls to zero when the time is up.
 """
 
 from __future__ import annotations

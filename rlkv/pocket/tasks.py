@@ -5,7 +5,7 @@ reason by imitation and every step can be checked. The generators share nothing 
 are two digits, modulo 100.
 
 resolve   shuffled definitions; look each one up from the target down, compute back up, then check every step
-search    a tree given as shuffled child lists; walk it depth first with the stack written out, then trace the path back
+search    a tree as shuffled child lists; walk it depth first, stack written out, then trace the path back
 ledger    a list of labelled additions and subtractions; run it forward, then undo it to zero as a check
 recall    shuffled key-value pairs; answer one key at once, without thinking
 """
@@ -50,7 +50,7 @@ def apply(value: int, sign: str, amount: int) -> int:
 
 
 def work(value: int, sign: str, amount: int) -> str:
-    """One step as it is written in a thought: the last digit of the result first, since it decides the carry."""
+    """One step as a thought writes it: the last digit of the result first, since it decides the carry."""
     result = apply(value, sign, amount)
     return f"{value:02}{sign}{amount:02}={result % 10}:{result:02}"
 
