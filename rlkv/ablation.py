@@ -16,7 +16,7 @@ from rlkv.attention import Mixed
 from rlkv.data import Encoded
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
-from rlkv.logprobs import response_logprobs
+from rlkv.logprobs import check_head, response_logprobs
 from rlkv.rewards import grade
 from rlkv.rollout import answer_text
 from rlkv.sampler import Sampler, SamplingParams
@@ -95,6 +95,7 @@ def single_head_logprobs(bench: Bench, answers: list[tuple[list[int], list[int]]
     ``answers``: (prompt tokens, answer tokens). Teacher-forced, the prompt windowed too. Several heads
     share a forward, as rows with gates of their own.
     """
+    check_head(bench.model)
     layers, heads = bench.shape.layers, bench.shape.kv_heads
     total = torch.zeros(layers * heads, dtype=torch.float64)
     for prompt, answer in answers:

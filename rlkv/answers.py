@@ -19,6 +19,7 @@ import torch
 
 from rlkv.data import Encoded
 from rlkv.errors import RLKVError
+from rlkv.files import whole_lines
 from rlkv.rewards import Reward, grade
 from rlkv.rollout import answer_text
 from rlkv.sampler import Completion, Sampler, SamplingParams
@@ -108,15 +109,8 @@ def identity(task: str, problem: str) -> str:
 
 def read_rows(path: Path) -> dict[tuple[str, str], Row]:
     """(mask, problem) -> row. A last line cut short by a kill is removed from the file."""
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
     rows: dict[tuple[str, str], Row] = {}
-    for number, line in enumerate(content[:whole].splitlines(), 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             row = Row(**json.loads(line))
         except (ValueError, TypeError) as error:

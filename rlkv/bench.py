@@ -77,6 +77,8 @@ class Bench:
         self.config = config
         self.gates = HeadGates.load(config.gates) if config.gates else None
         self.window = config.window or deployed_window(self.gates)
+        for line in self.gates.remarks(self.window) if self.gates else ():
+            print(line)
         self.name = "the given model" if model is not None else config.model or trained_model(self.gates)
         pocket = self.name == "pocket"
         self.spec = config.data or ("pocket" if pocket else "")
@@ -104,7 +106,7 @@ class Bench:
             template=config.prompt_template,
         )
         context = self.shape.context_length
-        return found.encode(self.tokenizer, context // 2 if context else 10**9)
+        return found.encode(self.tokenizer, context // 2 if context else 10**9, limit="half the context")
 
     def sampler(self, prompts: Encoded) -> Sampler:
         """A sampler with room for these prompts and their answers."""
@@ -117,12 +119,8 @@ class Bench:
 
 def deployed_window(gates: HeadGates | None) -> Window:
     """The window that the gates are meant for; RLKVError without one."""
-    if gates is not None:
-        deployed = gates.card.get("deploy_window")
-        if deployed:
-            return Window.parse(deployed)
-        if gates.window is not None:
-            return gates.window
+    if gates is not None and gates.deployed is not None:
+        return gates.deployed
     raise RLKVError("no window is known for the local heads: give window=SINK+RECENT, such as window=16+64")
 
 

@@ -70,12 +70,7 @@ class Forward:
 
     def held(self, stop: int) -> torch.Tensor:
         """Positions in a local head's ring after the columns below ``stop``: [B, W], -1 for an empty slot."""
-        last = stop - 1 - self.tensors.first[:, None]
-        slot = torch.arange(self.window.size, device=last.device)
-        latest = last - (last - slot) % self.window.recent  # the newest position whose turn the slot is
-        sink = slot < self.window.sink
-        held = torch.where(sink, slot, latest)
-        return held.masked_fill((held > last) | (~sink & (held < self.window.sink)), -1)
+        return self.window.held_positions(stop - 1 - self.tensors.first[:, None])
 
     @cached_property
     def slot(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ command's subject. Bad input ends with one sentence and exit status 2, Ctrl-C wi
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import sys
@@ -25,6 +26,8 @@ ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    # Threads that spin at barriers stall each other when others use the cores too; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return dispatch(words)

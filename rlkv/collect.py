@@ -9,6 +9,7 @@ goes on where it stopped; ``train.jsonl``, ``test.jsonl`` (if held-out problems 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from typing import Any
 from rlkv.config import plain
 from rlkv.data import PromptSet
 from rlkv.errors import RLKVError
-from rlkv.files import write_atomically
+from rlkv.files import whole_lines, write_atomically
 from rlkv.loading import load_model
 from rlkv.rewards import get_reward
 from rlkv.rollout import Actor
 from rlkv.sampler import Completion, Sampler, SamplingParams
+from rlkv.support import check_model
 from rlkv.window import Window
 
 INSTRUCTION = "{prompt}\n\nReason step by step, and put your final answer within \\boxed{}."
@@ -46,7 +48,7 @@ class CollectConfig:
     reward: str = "math"  # math, exact or module.path:function
     max_candidates: int = 0  # answer at most so many, drawn at random (0: all)
     max_prompt_tokens: int = 512  # longer prompts are skipped, and counted
-    max_new_tokens: int = 8192  # longer answers count as unsolved
+    max_new_tokens: int = 8192  # longer answers count as unsolved (what the context leaves, if less)
     bucket_edges: list[int] = field(default_factory=lambda: [0, 2048, 4096, 6144, 8192])  # of answer length
     bucket_counts: list[int] = field(
         default_factory=lambda: [600, 600, 1000, 800]
@@ -120,7 +122,8 @@ def collect(
     if done:
         say(f"{len(done)} candidates are answered already, {len(left)} are left.")
     if left:
-        longest = config.max_prompt_tokens + config.max_new_tokens
+        room = check_model(model).context_length or math.inf
+        longest = int(min(config.max_prompt_tokens + config.max_new_tokens, room))
         sampler = Sampler(model, Window(0, 1), slots=config.slots, max_length=longest)
         actor = Actor(sampler, tokenizer, prompts, reward)
         with (folder / "candidates.jsonl").open("a", encoding="utf-8") as file:
@@ -168,15 +171,11 @@ def guard(config: CollectConfig, folder: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows so far; a last line that a killed run left unfinished is cut off the file."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if len(complete) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(complete))
-    return [json.loads(line) for line in complete.decode().splitlines() if line.strip()]
+    """The complete rows so far."""
+    try:
+        return [json.loads(line) for line in whole_lines(path)]
+    except ValueError as error:
+        raise RLKVError(f"{path} holds a line that is not JSON ({error}); give another output") from None
 
 
 def draw(

@@ -150,31 +150,33 @@ class PromptSet:
             found = cls.from_hub(spec, split, **columns)
         return cls(found.problems[:n] if n else found.problems, found.name, found.dropped)
 
-    def encode(self, tokenizer: Any, max_tokens: int, say: Callable[[str], None] = print) -> Encoded:
+    def encode(
+        self,
+        tokenizer: Any,
+        max_tokens: int,
+        say: Callable[[str], None] = print,
+        limit: str = "max_prompt_tokens",
+    ) -> Encoded:
         """Tokens through the chat template: one user message and the generation prompt.
 
         Prompts of more than ``max_tokens`` tokens are left out, and ``say`` is told how many. RLKVError when
-        none is left or the tokenizer has no chat template.
+        none is left or the tokenizer has no chat template. ``limit`` says where ``max_tokens`` comes from.
         """
-        if not getattr(tokenizer, "chat_template", None):
-            raise RLKVError("the tokenizer has no chat template; set tokenizer.chat_template")
         encoded = Encoded([], [], [])
         longest = 0
         for problem in self.problems:
-            message = [{"role": "user", "content": problem.prompt}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens, thinking = chat_tokens(tokenizer, problem.prompt)
             longest = max(longest, len(tokens))
             if len(tokens) > max_tokens:
                 encoded.skipped += 1
                 continue
             encoded.problems.append(problem)
             encoded.tokens.append(tokens)
-            encoded.thinking.append(text.rfind("<think>") > text.rfind("</think>"))
+            encoded.thinking.append(thinking)
         if not encoded.problems:
             raise RLKVError(
-                f"{self.name}: all {encoded.skipped} prompts are longer than {max_tokens} tokens "
-                f"(the longest has {longest}); raise max_prompt_tokens"
+                f"{self.name}: all {encoded.skipped} prompts are longer than {max_tokens} tokens, the limit "
+                f"by {limit} (the longest has {longest})"
             )
         if self.dropped:
             say(f"{self.name}: SKIPPED {self.dropped} rows with an empty prompt or answer")
@@ -184,6 +186,19 @@ class PromptSet:
                 f"{max_tokens} tokens (the longest has {longest})"
             )
         return encoded
+
+
+def chat_tokens(tokenizer: Any, prompt: str) -> tuple[list[int], bool]:
+    """Tokens of one user message and the generation prompt, and whether they leave a thought open.
+
+    RLKVError when the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise RLKVError("the tokenizer has no chat template; set tokenizer.chat_template")
+    message = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens, text.rfind("<think>") > text.rfind("</think>")
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:

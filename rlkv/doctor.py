@@ -33,13 +33,17 @@ class Finding(NamedTuple):
 # feature, the components it needs
 FEATURES: dict[str, tuple[str, ...]] = {
     "train, eval and generate on the pocket model": ("python", "torch", "transformers", "pocket weights"),
-    "train and eval on your own model (local folder)": ("python", "torch", "transformers", "GPU"),
+    "train and eval on a model of billions of weights (local folder)": (
+        "python",
+        "torch",
+        "transformers",
+        "GPU",
+    ),
     "models and prompts from the hub": ("hub", "datasets"),
     "math rewards": ("math-verify",),
     "GPU kernels": ("GPU", "triton"),
     "pictures": ("matplotlib",),
     "training curves in TensorBoard": ("tensorboard",),
-    "training curves in Weights & Biases": ("wandb",),
     "many-GPU training": ("areal", "GPU"),
     "serving": ("sglang", "GPU"),
 }
@@ -213,5 +217,4 @@ CHECKS: list[Callable[[], Finding]] = [
     package("sglang", "pip install sglang, in an environment of its own", optional=True),
     package("areal", "pip install areal, in an environment of its own", optional=True),
     package("vllm", "pip install vllm, in an environment of its own", optional=True),
-    package("wandb", "pip install wandb", optional=True),
 ]

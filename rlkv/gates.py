@@ -113,6 +113,23 @@ class HeadGates:
         write_atomically(folder / "card.json", json.dumps(card, indent=2) + "\n")
         return folder
 
+    @property
+    def deployed(self) -> Window | None:
+        """The window that the gates are meant for: the card's ``deploy_window``, else that of training."""
+        named = self.card.get("deploy_window")
+        return Window.parse(named) if named else self.window
+
+    def remarks(self, window: Window | None) -> list[str]:
+        """What a user should know before masks of these gates are used with ``window``; a line each."""
+        lines = []
+        if self.clipped:
+            lines.append(
+                f"{self.clipped} of {self.values.numel()} gates lay outside [0, 1] and were clipped."
+            )
+        if self.window and window and window != self.window:
+            lines.append(f"WARNING: gates trained with window {self.window} are used with {window}.")
+        return lines
+
     def mask(
         self,
         sparsity: float,
@@ -124,7 +141,7 @@ class HeadGates:
     ) -> HeadMask:
         """Keep the (1 - sparsity) of heads with the highest gates full; see :meth:`HeadMask.from_scores`.
 
-        ``window`` is the deployed one; by default that of training.
+        ``window`` defaults to ``deployed``.
         """
         return HeadMask.from_scores(
             self.values,
@@ -132,7 +149,7 @@ class HeadGates:
             seed=seed,
             rounding=rounding,
             tp=tp,
-            window=window or self.window,
+            window=window or self.deployed,
             model=self.model,
         )
 

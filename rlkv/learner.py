@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlkv.attention import Mixed
-from rlkv.logprobs import response_logprobs
+from rlkv.logprobs import check_head, response_logprobs
 from rlkv.objective import advantages, policy_loss
 from rlkv.penalty import Penalty
 from rlkv.rewards import Verdict
@@ -49,6 +49,7 @@ class Learner:
     """
 
     def __init__(self, model: Any, gates: torch.Tensor, config: TrainConfig, penalty: Penalty) -> None:
+        check_head(model)
         self.model, self.config, self.penalty = model, config, penalty
         self.gates = torch.nn.Parameter(gates.to(model.device, torch.float32))
         self.optimiser = torch.optim.AdamW(
@@ -68,6 +69,8 @@ class Learner:
             for sample, value in zip(group, values, strict=True):
                 sample.advantage = value
         pressure = self.penalty.gradient(self.gates, rewards.mean().item(), step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.learning_rate_at(step, self.penalty.steps)
         parts = self.config.minibatches_per_batch
         if parts > 1:
             self.remember_prox([sample for group in samples for sample in group])

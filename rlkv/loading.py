@@ -38,6 +38,7 @@ def load_model(name: str, dtype: str = "bfloat16", device: str = "auto") -> tupl
         from rlkv import pocket
 
         model, tokenizer = pocket.load(dtype=DTYPES[dtype])
+        model.config.name_or_path = name  # what cards and masks record: no path of this machine
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from rlkv.errors import RLKVError
+
 LOGIT_BYTES = 512 * 2**20  # of float32 logits at a time
 
 
@@ -49,6 +51,22 @@ def chosen_logprobs(
     ``head`` is the model's output embedding (a linear layer without bias); its weights get no gradient.
     """
     return _ChosenLogProb.apply(hidden, head.weight, tokens, temperature)
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raise RLKVError unless logits are the output embedding of the final hidden states and nothing more.
+
+    A bias, a scale or a cap after it (Phi, Granite, Cohere) would be missing from :func:`chosen_logprobs`.
+    """
+    ids = torch.arange(4, device=model.device)[None]
+    head, hidden = model.get_output_embeddings(), model.base_model(ids, use_cache=False).last_hidden_state
+    plain = torch.nn.functional.linear(hidden, head.weight)
+    if not torch.allclose(plain, model(ids, use_cache=False).logits, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise RLKVError(
+            f"{model.config.model_type}: its logits are not a plain output embedding: there is a bias, a "
+            "scale or a cap, which the trainer's log-probabilities would miss"
+        )
 
 
 def response_logprobs(

@@ -28,9 +28,10 @@ def remarks(config: TrainConfig, shape: ModelShape, steps: int, done: int) -> li
         )
     if not config.validation_data or not config.validate_every:
         lines.append("No validation: the last gates are kept.")
-    if config.target_sparsity is not None and config.learning_rate * steps < 1:
+    mean_rate = (config.learning_rate + config.learning_rate_at(steps - 1, steps)) / 2
+    if config.target_sparsity is not None and mean_rate * steps < 1:
         lines.append(
-            f"WARNING: {steps} steps of about {config.learning_rate} can hardly bring a gate from 1 to 0; "
+            f"WARNING: {steps} steps of about {mean_rate:g} can hardly bring a gate from 1 to 0; "
             "target_sparsity may be missed."
         )
     return lines

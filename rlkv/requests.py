@@ -24,6 +24,18 @@ class Completion:
     finish: Literal["stop", "length"]
 
 
+def check_positions(model: Any, context: int, max_length: int) -> None:
+    """Raise RLKVError for requests beyond the context, or positions that depend on the rest of a batch."""
+    if context and max_length > context:
+        raise RLKVError(f"sampler: max_length={max_length} exceeds the model's context of {context} tokens")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise RLKVError(
+            f"sampler: {model.config.model_type} has {rope['rope_type']} RoPE, whose frequencies follow the "
+            "longest request of a batch: answers would depend on their neighbours and differ from training"
+        )
+
+
 def checked_prompts(prompts: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
     """The prompts as lists; raises RLKVError for an empty one and for one that leaves no room for a token."""
     for index, prompt in enumerate(prompts):

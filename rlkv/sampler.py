@@ -17,7 +17,7 @@ import torch
 
 from rlkv.attention import NAME
 from rlkv.errors import RLKVError
-from rlkv.requests import Completion, checked_gates, checked_prompts, end_ids
+from rlkv.requests import Completion, check_positions, checked_gates, checked_prompts, end_ids
 from rlkv.sampling import SamplingParams, choose, request_keys
 from rlkv.schedule import Pace, Schedule
 from rlkv.slot_state import SlotState
@@ -46,7 +46,7 @@ class Sampler:
 
     ``prefill`` "local": gates act on prompt tokens too, as in training; "full": prompt tokens attend fully.
     ``cuda_graphs`` None means on CUDA only. Sets the model's attention to "rlkv". Raises RLKVError for a
-    model whose KV heads cannot be gated.
+    model whose KV heads can't be gated or whose RoPE follows the longest request (dynamic, longrope).
     """
 
     def __init__(
@@ -67,8 +67,9 @@ class Sampler:
             raise RLKVError(f'sampler: prefill must be "local" or "full", got {prefill!r}')
         if cuda_graphs and not weight.is_cuda:
             raise RLKVError(f"sampler: cuda_graphs=True needs a model on CUDA, it is on {weight.device}")
+        check_positions(model, shape.context_length, max_length)
         model.set_attn_implementation(NAME)
-        self.model, self.window, self.slots, self.max_length = model, window, slots, max_length
+        self.model, self.slots, self.max_length = model, slots, max_length
         self.tokens_per_second = 0.0  # of the last call of generate
         self._heads = (shape.layers, shape.kv_heads)
         self._device = weight.device
@@ -86,6 +87,15 @@ class Sampler:
             dtype=weight.dtype,
             device=self._device,
         )
+
+    @property
+    def window(self) -> Window:
+        """Of local heads; another may be set between calls of ``generate``."""
+        return self._cache.window
+
+    @window.setter
+    def window(self, window: Window) -> None:
+        self._cache.window = window
 
     @torch.inference_mode()
     def generate(
@@ -212,12 +222,12 @@ class Sampler:
     def _decode(self, run: _Run) -> None:
         """A few steps of every row, without waiting for their results."""
         spans, params = run.schedule.spans(), run.params
-        drawing = (params.temperature, params.top_p, params.top_k, id(run.stop))
+        fixed = (self.window, params.temperature, params.top_p, params.top_k, id(run.stop))
         for _ in range(self._pace.every):
             if self._graphs is None:
                 self._step(run, spans)
             else:
-                self._graphs.run((spans, run.gates is None, *drawing), lambda: self._step(run, spans))
+                self._graphs.run((spans, run.gates is None, *fixed), lambda: self._step(run, spans))
         run.schedule.advance()
 
     def _step(self, run: _Run, spans: Sequence[Span]) -> None:

@@ -58,7 +58,8 @@ class TrainConfig:
     # Optimiser
     epochs: int = 2  # passes over the prompts (when steps is 0)
     steps: int = 0  # batches (0: as many as the epochs hold)
-    learning_rate: float = 1e-2  # AdamW on the gates, float32, constant
+    learning_rate: float = 1e-2  # AdamW on the gates, float32
+    final_learning_rate: float | None = None  # falls to this in a straight line (none: constant, the paper)
     beta1: float = 0.9  # AdamW
     beta2: float = 0.999  # AdamW
     weight_decay: float = 0.017  # AdamW, decoupled
@@ -97,6 +98,8 @@ class TrainConfig:
             value, allowed = getattr(self, name), get_args(kind)
             if allowed and isinstance(allowed[0], str) and value not in allowed:
                 raise RLKVError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        if self.final_learning_rate is not None and self.final_learning_rate < 0:
+            raise RLKVError(f"final_learning_rate must be 0 or more, got {self.final_learning_rate}")
         if not 0 <= self.eval_sparsity <= 1:
             raise RLKVError(f"eval_sparsity must lie in [0, 1], got {self.eval_sparsity}")
         if self.advantage == "group" and self.samples_per_prompt < 2:
@@ -105,6 +108,12 @@ class TrainConfig:
             )
         if self.minibatches_per_batch > self.prompts_per_step:
             raise RLKVError("minibatches_per_batch cannot exceed prompts_per_step")
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of step number ``step`` (from 0) of ``steps``."""
+        if self.final_learning_rate is None or steps < 2:
+            return self.learning_rate
+        return self.learning_rate + (self.final_learning_rate - self.learning_rate) * step / (steps - 1)
 
     @property
     def validated_sparsity(self) -> float:

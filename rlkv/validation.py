@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from rlkv.gates import HeadGates
 from rlkv.penalty import gate_sparsity
 from rlkv.rollout import Actor
-from rlkv.sampler import Sampler, SamplingParams
+from rlkv.sampler import SamplingParams
 from rlkv.settings import TrainConfig
 
 TOLERANCE = 0.03  # of target_sparsity
@@ -40,28 +40,26 @@ class Validator:
     def accuracy(self, gates: torch.Tensor) -> dict[str, float]:
         """``validation_gates`` (soft gates, training window) and ``validation_mask`` (deployed window)."""
         mask = HeadGates(gates).mask(self.config.validated_sparsity).gates()
-        soft = gates.detach().cpu().expand(len(self.which), -1, -1)
-        hard = mask.expand(len(self.which), -1, -1)
-        deploy = self.config.deploy_window
-        if deploy is None or deploy == self.config.window:
-            both = self.scores(self.actor, [*self.which, *self.which], torch.cat([soft, hard]))
-            half = len(self.which)
+        half = len(self.which)
+        both = torch.stack([gates.detach().cpu(), mask]).repeat_interleave(half, dim=0)
+        deploy, sampler = self.config.deploy_window, self.actor.sampler
+        if deploy in (None, sampler.window):  # one batch: slots stay full
+            scores = self.scores([*self.which, *self.which], both)
         else:
-            old = self.actor.sampler
-            sampler = Sampler(
-                old.model, deploy, slots=old.slots, max_length=old.max_length, prefill=self.config.prefill
-            )
-            other = Actor(sampler, self.actor.tokenizer, self.actor.prompts, self.actor.reward)
-            both = self.scores(self.actor, list(self.which), soft)
-            half = len(both)
-            both += self.scores(other, list(self.which), hard)
+            scores = self.scores(self.which, both[:half])
+            trained, sampler.window = sampler.window, deploy
+            try:
+                scores += self.scores(self.which, both[half:])
+            finally:
+                sampler.window = trained
         return {
-            "validation_gates": sum(both[:half]) / half,
-            "validation_mask": sum(both[half:]) / half,
+            "validation_gates": sum(scores[:half]) / half,
+            "validation_mask": sum(scores[half:]) / half,
         }
 
-    def scores(self, actor: Actor, which: list[int], gates: torch.Tensor) -> list[float]:
-        return [group[0].verdict.score for group in actor.answer(which, self.params, gates)]
+    def scores(self, which: Sequence[int], gates: torch.Tensor) -> list[float]:
+        """Greedy verdicts under ``gates`` [len(which), layers, kv_heads]."""
+        return [group[0].verdict.score for group in self.actor.answer(which, self.params, gates)]
 
     def better(
         self, best: Best | None, gates: torch.Tensor, values: dict[str, float], step: int
@@ -73,6 +71,3 @@ class Validator:
         if best is not None and key < best.key:
             return None
         return Best(key, gates.detach().cpu().clone(), step)
-
-    def state(self, best: Best | None) -> dict[str, Any] | None:
-        return None if best is None else {"key": best.key, "gates": best.gates, "step": best.step}

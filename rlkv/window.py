@@ -48,6 +48,17 @@ class Window:
         ring = self.sink + (position - self.sink) % self.recent
         return torch.where(position < self.sink, position, ring)
 
+    def held_positions(self, last: torch.Tensor) -> torch.Tensor:
+        """The position in each ring slot once position ``last`` is stored: int64 [..., size], -1 for none.
+
+        ``last`` int64 [..., 1], negative while a sequence is empty.
+        """
+        slot = torch.arange(self.size, device=last.device)
+        sink = slot < self.sink
+        latest = last - (last - slot) % self.recent  # the newest position whose turn the slot is
+        held = torch.where(sink, slot, latest)
+        return held.masked_fill((held > last) | (~sink & (held < self.sink)), -1)
+
     def __str__(self) -> str:
         return f"{self.sink}+{self.recent}"
 

@@ -14,7 +14,7 @@ source scripts/venv.sh
 run=runs/quickstart
 extras=
 train=()
-problems=64 sparsities=0.25,0.5 masks=4
+problems=64 sparsities=0.25,0.375,0.5 masks=4
 fresh=
 for argument in "$@"; do
     case $argument in
@@ -36,7 +36,7 @@ export TOKENIZERS_PARALLELISM=false
 started=$SECONDS part=$SECONDS
 took() { printf '    (%d s)\n' $((SECONDS - part)) && part=$SECONDS; }
 
-say "1/5 training gates by RL on the pocket reasoner, from ones (about 5 minutes on two cores)"
+say "1/5 training gates by RL on the pocket reasoner, from ones (about 3 minutes on two cores)"
 $rlkv train configs/quickstart.yaml output="$run/gates" resume=true "${train[@]}"
 took
 
@@ -46,7 +46,7 @@ took
 
 say "3/5 evaluating full cache, RLKV and $masks random masks on $problems held-out problems (about 2 minutes)"
 $rlkv eval gates="$run/gates" data=pocket:resolve n="$problems" sparsities="$sparsities" random_masks="$masks" \
-    max_new_tokens=704 output="$run/eval"
+    max_new_tokens=512 output="$run/eval"
 took
 
 say "4/5 drawing the gates, the training curves, and accuracy against KV bytes"

@@ -1,20 +1,5 @@
 #!/usr/bin/env bash
 # Train gates by the paper's recipe (configs/qwen-7b-r1.yaml).
 #
-#   bash scripts/train_qwen-7b-r1.sh [MODEL] [key=value ...]
-#
-# MODEL is a hub id or a local folder (default: the config's); further settings are passed on to rlkv train,
-# e.g. window=16+64 data=data/collected/train.jsonl target_sparsity=0.5 resume=true
-# RLKV_VENV names the environment to use (default: .venv; it is made if it is not there).
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/venv.sh
-
-model=()
-if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
-    model=("model=$1")
-    shift
-fi
-use_venv train
-export TOKENIZERS_PARALLELISM=false
-exec "$python" -m rlkv.cli train configs/qwen-7b-r1.yaml "${model[@]}" "$@"
+#   bash scripts/train_qwen-7b-r1.sh [MODEL] [key=value ...]      (scripts/train.sh says what they mean)
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train.sh" configs/qwen-7b-r1.yaml "$@"

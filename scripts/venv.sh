@@ -5,6 +5,8 @@
 #
 # RLKV_VENV names the environment to use (default: .venv in the repository), PYTHON the interpreter to make it with.
 
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # waiting threads yield: fast on shared cores too
+
 say() { printf '\n==> %s\n' "$*"; }
 
 use_venv() {

@@ -15,6 +15,7 @@ from tiny_folder import save_gates, save_model, save_problems
 from rlkv import __version__
 from rlkv.cli import main, read_words
 from rlkv.commands import COMMANDS
+from rlkv.data import PromptSet
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.mask import HeadMask
@@ -32,7 +33,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_problems(folder / "test.jsonl")
     save_problems(folder / "dev.jsonl", start=50)
     (folder / "empty.jsonl").write_text("")
+    rows = [{"prompt": "ab=12;" * 60, "answer": "1"}]
+    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_model(folder / "other", num_key_value_heads=2)
+    save_model(folder / "sliding", kind="mistral", sliding_window=64)
     HeadGates(torch.rand(3, 2)).save(folder / "narrow")
     (folder / "nan.tsv").write_text("1\t1\t1\n1\tnan\t1\n1\t1\t1\n")
     return folder
@@ -57,6 +61,9 @@ EVAL = (
     "device=cpu",
 )
 GENERATE = ("generate", "gates={home}/gates", "max_new_tokens=8", "device=cpu")
+ASK = ("model={home}/model", "data={home}/test.jsonl", "output={out}", "dtype=float32", "device=cpu")
+ASK += ("max_prompt_tokens=99", "max_new_tokens=50", "reward=exact", "prompt_column=prompt")
+TRAIN, COLLECT = ("train", *ASK), ("collect", *ASK)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +104,24 @@ GENERATE = ("generate", "gates={home}/gates", "max_new_tokens=8", "device=cpu")
             (*EVAL, "prompt_column=question"),
             "row 1 has no column 'question'; it has prompt, answer, id, task",
         ),
+        ((*EVAL, "data={home}/long.jsonl"), "all 1 prompts are longer than 128 tokens, the limit by half"),
+        (
+            (*EVAL, "methods=random", "gates=", "model={home}/sliding", "window=2+6"),
+            "mistral ({home}/sliding) can't be split by KV head: its layers use a sliding window of 64",
+        ),
+        ((*TRAIN, "data={home}/none.jsonl"), "{home}/none.jsonl: no such file"),
+        ((*TRAIN, "data={home}/empty.jsonl"), "{home}/empty.jsonl: the prompt set is empty"),
+        ((*TRAIN, "prompt_column=question"), "row 1 has no column 'question'; it has prompt, answer"),
+        ((*TRAIN, "max_prompt_tokens=5"), "longer than 5 tokens, the limit by max_prompt_tokens"),
+        ((*TRAIN, "prompts_per_step=2", "max_new_tokens=250"), "exceeds the model's context of 256"),
+        (
+            (*TRAIN, "prompts_per_step=2", "target_sparsity=1.5"),
+            "target_sparsity must lie in [0, 1], got 1.5",
+        ),
+        ((*TRAIN, "model={home}/sliding"), "can't be split by KV head: its layers use a sliding window"),
+        ((*COLLECT, "data={home}/empty.jsonl"), "{home}/empty.jsonl: the prompt set is empty"),
+        ((*COLLECT, "answer_column=gold"), "row 1 has no column 'gold'; it has prompt, answer"),
+        ((*COLLECT, "data={home}/long.jsonl"), "longer than 99 tokens, the limit by max_prompt_tokens"),
         (("rank", "{home}/gates"), "give exactly one of sparsity=…, memory=… and max_loss=…; none given"),
         (("rank", "{home}/gates", "sparsity=0", "memory=1GiB"), "sparsity and memory given"),
         (("rank", "{home}/gates", "memory=1KiB", "length=9999"), "even with every head local"),
@@ -142,6 +167,44 @@ def test_eval_prints_the_table_and_writes_the_folder(
     files = {path.name for path in tmp_path.iterdir()}
     assert files >= {"config.yaml", "rows.jsonl", "results.json", "table.md", "accuracy_kv.png", "masks"}
     assert json.loads((tmp_path / "results.json").read_text())["problems"] == 5
+
+
+@pytest.mark.parametrize(
+    "command", [(*EVAL, "sparsities=0.5", "random_masks=1", "reward=exact"), (*GENERATE, "prompt=ab")]
+)
+def test_a_window_without_sink_is_fine_and_another_than_trained_is_said(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    words = [word.format(home=home, out=tmp_path) for word in command]
+    assert main([*words, "window=0+5"]) == 0
+    printed = capsys.readouterr().out
+    assert "gates trained with window 2+6 are used with 0+5" in printed and "window 0+5" in printed
+
+
+def test_collect_keeps_what_the_pocket_model_solves(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [vars(problem) for problem in PromptSet.from_pocket("recall", "train", 6).problems]
+    rows[2]["answer"] = "unheard-of"
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["model=pocket", f"data={tmp_path}/in.jsonl", f"output={tmp_path}", "reward=exact", "device=cpu"]
+    words += ["prompt_column=prompt", "prompt_template={prompt}", "dtype=float32"]
+    words += ["bucket_edges=0,64,1024", "bucket_counts=3,3"]
+    assert main(["collect", *words]) == 0
+    assert "SHORTFALL: 0 of 3 training problems with 64-1024 tokens" in capsys.readouterr().out
+    kept = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(kept) == 3 and {row["id"] for row in kept} <= {row["id"] for row in rows} - {rows[2]["id"]}
+    assert PromptSet.from_jsonl(tmp_path / "train.jsonl").problems[0].answer == kept[0]["answer"]
+
+
+def test_waiting_threads_yield_unless_the_user_says_otherwise() -> None:
+    code = "import os, rlkv.cli; rlkv.cli.main(['version']); print(os.environ['OMP_WAIT_POLICY'])"
+    bare = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    for more, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        found = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**bare, **more}
+        )
+        assert found.stdout.split()[-1] == policy
 
 
 def test_rank_writes_the_mask_that_the_sentence_describes(

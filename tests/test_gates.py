@@ -187,9 +187,20 @@ def test_values_are_a_copy_in_float32() -> None:
     assert torch.equal(HeadGates.ones(2, 2).values, gates.values)
 
 
+def test_what_a_user_should_know() -> None:
+    gates = HeadGates(torch.tensor([[1.25, 0.5], [-0.5, 1.0]]), window=Window(4, 16))
+    assert gates.remarks(Window(4, 16)) == gates.remarks(None)
+    clipped, window = gates.remarks(Window(4, 8))
+    assert clipped == "2 of 4 gates lay outside [0, 1] and were clipped."
+    assert window == "WARNING: gates trained with window 4+16 are used with 4+8."
+    assert random_gates().remarks(Window(4, 16)) == []
+
+
 def test_mask_takes_the_deployed_window() -> None:
     gates = random_gates()
     assert gates.mask(0.5).window == Window(4, 16)
+    gates.card["deploy_window"] = "4+8"
+    assert gates.mask(0.5).window == gates.deployed == Window(4, 8)
     mask = gates.mask(0.5, window=Window(16, 64), seed=5)
     assert (mask.window, mask.model, mask.seed, mask.requested) == (Window(16, 64), SHAPE, 5, 0.5)
     kept = set(gates.values.flatten().topk(6).indices.tolist())

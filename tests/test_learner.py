@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from training_kit import tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlkv.attention import Mixed
+from rlkv.errors import RLKVError
 from rlkv.learner import Learner, Sample, pack
 from rlkv.loading import recompute_activations
 from rlkv.logprobs import chosen_logprobs
@@ -165,6 +167,39 @@ def test_trainer_and_sampler_agree(tmp_path: Path, temperature: float) -> None:
     prompts = [[5, 6, 7], [8] * 20, [9, 10]]
     sampler = Sampler(model, config.window, slots=2, max_length=100)
     params = SamplingParams(max_new_tokens=60, temperature=temperature, stop_ids=(99,))
-    for prompt, done in zip(prompts, sampler.generate(prompts, params, gates), strict=True):
-        new = learner.logprobs([Sample(prompt, done.tokens, done.logprobs, Verdict(0, "wrong"))])
-        torch.testing.assert_close(new, torch.tensor(done.logprobs), rtol=1e-4, atol=1e-4)
+    finished = sampler.generate(prompts, params, gates)
+    samples = [
+        Sample(prompt, done.tokens[: 60 - 25 * row], done.logprobs[: 60 - 25 * row], Verdict(0, "wrong"))
+        for row, (prompt, done) in enumerate(zip(prompts, finished, strict=True))
+    ]  # one micro-batch of 63, 55 and 12 tokens
+    new = learner.logprobs(samples)
+    old = torch.cat([torch.tensor(sample.logprobs) for sample in samples])
+    torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["granite", "phi"])
+def test_a_model_whose_logits_are_more_than_an_embedding_is_refused(tmp_path: Path, kind: str) -> None:
+    """Granite divides its logits, Phi adds a bias: the update would not see it, the sampler would."""
+    more = {"logits_scaling": 8.0} if kind == "granite" else {}
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        **more,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    if kind == "phi":
+        model.lm_head.bias.fill_(0.5)
+    with pytest.raises(RLKVError, match=f"{kind}: its logits are not a plain output embedding"):
+        Learner(model, torch.ones(2, 2), tiny_config(tmp_path), Penalty(0.0, 0.5))
+
+
+def test_learning_rate_falls_in_a_straight_line() -> None:
+    config = TrainConfig(learning_rate=4e-2, final_learning_rate=1e-2)
+    assert [config.learning_rate_at(step, 4) for step in range(4)] == pytest.approx([0.04, 0.03, 0.02, 0.01])
+    assert TrainConfig(learning_rate=4e-2).learning_rate_at(3, 4) == 4e-2

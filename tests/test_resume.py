@@ -135,6 +135,18 @@ def test_a_run_is_not_overwritten_or_mixed_up(tmp_path: Path) -> None:
         Trainer(config, tiny_model(), TinyTokenizer())
 
 
+def test_the_best_gates_so_far_come_back(tmp_path: Path) -> None:
+    run(tmp_path, steps=5, validate_every=2)
+    state = checkpoint.load_last(tmp_path / "run" / "checkpoints")
+    assert state is not None and state["best"]["step"] in (2, 4, 5)
+    state["best"]["step"], state["since_best"] = 2, 7
+    checkpoint.save(tmp_path / "run" / "checkpoints", 5, state, keep=2)
+    settings = {**SETTINGS, "validation_data": str(tmp_path / "prompts.jsonl"), "validate_every": 2}
+    trainer = Trainer(tiny_config(tmp_path, **settings, resume=True), tiny_model(), TinyTokenizer())
+    assert trainer.best is not None and (trainer.best.step, trainer.since_best) == (2, 7)
+    assert trainer.best.key == state["best"]["key"] and trainer.best.gates.equal(state["best"]["gates"])
+
+
 def test_random_states_come_back() -> None:
     import numpy as np
 

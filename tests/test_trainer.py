@@ -31,6 +31,7 @@ def test_learning_moves_the_reward(tmp_path: Path) -> None:
     rewards = [row["reward"] for row in read_metrics(Path(config.output))]
     early, late = sum(rewards[:6]) / 6, sum(rewards[-6:]) / 6
     assert late > early + 0.02, rewards
+    assert all(not weight.requires_grad and weight.grad is None for weight in trainer.model.parameters())
     assert max(row["logprob_gap"] for row in read_metrics(Path(config.output))) < 1e-4
 
 
@@ -88,6 +89,7 @@ def test_validation_answers_with_the_deployed_mask(tmp_path: Path) -> None:
         done = [sampler.generate([tokens], params, values)[0] for tokens in actor.prompts.tokens[:6]]
         scores = [actor.verdict(index, one).score for index, one in enumerate(done)]
         assert got[f"validation_{name}"] == pytest.approx(sum(scores) / 6)
+    assert actor.sampler.window == config.window  # rollouts go on with the training window
 
 
 def test_rule_of_the_best_gates(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def test_ring_slots_hold_exactly_the_visible_tokens(window: Window, length: int)
         stored = torch.tensor([entry for entry in ring if entry >= 0])
         visible = stored[window.sees(torch.tensor(position), stored)]
         assert sorted(visible.tolist()) == simulate(window, length)[position]
+        assert window.held_positions(torch.tensor([position])).tolist() == ring
+    assert (window.held_positions(torch.tensor([[-1], [-5]])) == -1).all()  # nothing yet, and padding
 
 
 @given(windows)

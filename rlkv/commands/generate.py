@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlkv.bench import deployed_window, pick_dtype, trained_model
+from rlkv.data import PromptSet, chat_tokens
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.loading import load_model
@@ -55,10 +56,12 @@ def run(config: Config) -> None:
         gates.model = gates.check(shape)
         window = config.window or deployed_window(gates)
         mask = gates.mask(config.sparsity, seed=config.seed, window=window)
+        for line in gates.remarks(window):
+            print(line)
     assert mask is not None
     mask.check(shape)
     window = config.window or mask.window or deployed_window(gates)
-    tokens = encode(tokenizer, text)
+    tokens, _ = chat_tokens(tokenizer, text)
     room = shape.context_length - len(tokens) if shape.context_length else config.max_new_tokens
     if room < 1:
         raise RLKVError(
@@ -83,7 +86,7 @@ def run(config: Config) -> None:
     )
     written = output.shape[1] - len(tokens)
     held = output.shape[1] - 1  # the last token's keys are never made
-    full = 2 * shape.head_dim * shape.layers * shape.kv_heads * held * model.dtype.itemsize
+    full = shape.layers * shape.kv_heads * shape.bytes_per_token * held
     if answer is not None:
         print(f"\nthe right answer: {answer}")
     print(
@@ -112,20 +115,9 @@ def read_prompt(prompt: str) -> tuple[str, str | None]:
 
 def pocket_problem(spec: str) -> tuple[str, str]:
     """Development problem ``pocket:TASK:NUMBER``, counted from 0."""
-    from rlkv.data import PromptSet
-
     _, _, place = spec.partition(":")
     task, _, number = place.partition(":")
     if not number.isdecimal() or "+" in task:
         raise RLKVError(f"expected pocket:TASK:NUMBER such as pocket:resolve:3, got {spec!r}")
     problem = PromptSet.from_pocket(task, "dev", int(number) + 1).problems[-1]
     return problem.prompt, problem.answer
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of one user message and the generation prompt."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise RLKVError("the tokenizer has no chat template; set tokenizer.chat_template")
-    message = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokenizer(chat, add_special_tokens=False)["input_ids"]

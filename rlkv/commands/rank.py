@@ -74,10 +74,10 @@ def run(config: Config) -> None:
         given = " and ".join(ways) or "none"
         raise RLKVError(f"rank: give exactly one of sparsity=…, memory=… and max_loss=…; {given} given")
     gates = HeadGates.load(config.gates)
-    options: dict[str, Any] = {"rounding": config.rounding, "tp": config.tp, "seed": config.seed}
-    if config.window or gates.window:
-        deployed = gates.card.get("deploy_window")
-        options["window"] = config.window or (Window.parse(deployed) if deployed else gates.window)
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("rounding", "tp", "seed", "window")}
+    if config.max_loss is None:  # else said when the problems are answered
+        for line in gates.remarks(config.window or gates.deployed):
+            print(line)
     if config.sparsity is not None:
         mask = gates.mask(config.sparsity, **options)
         choice = Choice(mask, f"sparsity {mask.sparsity:.3f} (asked for {config.sparsity:g})")
