@@ -67,7 +67,7 @@ REFUSED = [
     (Qwen3Config(**SIZES, layer_types=["full_attention", "sliding_attention"]), "1 of its 2 layers"),
     (Gemma2Config(), "sliding_attention"),
     (DeepseekV3Config(), r"multi-head latent attention \(MLA\)"),
-    (JambaConfig(), "hybrid|linear_attention"),
+    (JambaConfig(), "(hybrid|mamba|linear_attention)"),
     (Qwen3NextConfig(), "linear_attention"),
     (T5Config(), "encoder-decoder"),
     (Qwen2VLConfig(), "multimodal"),
