@@ -69,8 +69,8 @@ class Learner:
             for sample, value in zip(group, values, strict=True):
                 sample.advantage = value
         pressure = self.penalty.gradient(self.gates, rewards.mean().item(), step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.config.learning_rate_at(step, self.penalty.steps)
+        for options in self.optimiser.param_groups:
+            options["lr"] = self.config.learning_rate_at(step, self.penalty.steps)
         parts = self.config.minibatches_per_batch
         if parts > 1:
             self.remember_prox([sample for group in samples for sample in group])

@@ -15,8 +15,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rlkv.answers import read_rows
 from rlkv.config import load
@@ -37,7 +40,7 @@ class StudyConfig:
 
     output: Path = Path("runs/study")  # folder for everything
     gpus: int = 1  # GPUs to use
-    jobs_a_gpu: int = 2  # processes that share a GPU: one alone leaves it idle between small kernels
+    jobs_a_gpu: int = 1  # processes that share a GPU
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     targets: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
     sparsities: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625])
@@ -95,12 +98,12 @@ def make_jobs(config: StudyConfig) -> list[Job]:
     phenomenon = ["n=1024", f"output={out}", f"device={config.device}", "slots=1024"]
     jobs.append(Job("phenomenon", phenomenon, module="rlkv.pocket.check"))
     jobs.append(Job("eval-ablation", ["eval", *common, *ablation]))
-    for sparsity in config.sparsities:
-        name = f"eval-random-{sparsity:g}"
-        jobs.append(Job(name, ["eval", *common, *random, f"sparsities={sparsity}", f"output={out}/{name}"]))
     for seed in config.seeds:
         gates = ["methods=rlkv", f"gates={out}/seed-{seed}", everywhere, f"output={out}/eval-seed-{seed}"]
         jobs.append(Job(f"eval-seed-{seed}", ["eval", *common, *gates], after=f"seed-{seed}"))
+    for sparsity in config.sparsities:
+        name = f"eval-random-{sparsity:g}"
+        jobs.append(Job(name, ["eval", *common, *random, f"sparsities={sparsity}", f"output={out}/{name}"]))
     return jobs
 
 
@@ -108,7 +111,9 @@ def run_all(jobs: list[Job], config: StudyConfig) -> dict[str, float]:
     """Seconds that each job took; stops with the log's end if one fails."""
     logs = config.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, running, took = list(jobs), {}, {}
+    waiting = list(jobs)
+    running: dict[str, tuple[subprocess.Popen[bytes], int, float]] = {}
+    took: dict[str, float] = {}
     while waiting or running:
         for name, (process, gpu, began) in list(running.items()):
             if process.poll() is None:
@@ -156,6 +161,13 @@ def merge(config: StudyConfig) -> dict[str, Any]:
     return {**header, **summarise(order, rows)}
 
 
+def machine() -> dict[str, str]:
+    """What it ran on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {"device": device, "python": sys.version.split()[0], **versions}
+
+
 def study(config: StudyConfig) -> None:
     """Everything, from nothing to table.md."""
     took = run_all(make_jobs(config), config)
@@ -165,7 +177,7 @@ def study(config: StudyConfig) -> None:
         last = config.output / f"target-{target:g}" / "last"
         gates = HeadGates.load(last if last.is_dir() else last.parent)
         landed[f"{target:g}"] = gate_sparsity(gates.values)
-    results |= {"seconds": took, "target_sparsity": landed}
+    results |= {"seconds": took, "target_sparsity": landed, "machine": machine()}
     write_atomically(config.output / "results.json", json.dumps(results, indent=2) + "\n")
     write_atomically(config.output / "table.md", markdown(results))
     print(markdown(results), landed, sep="\n")

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -230,7 +231,8 @@ def train(config: PretrainConfig) -> Qwen3ForCausalLM:
     """Train until the time is up; writes ``log.jsonl`` as it goes and the model at the end."""
     config.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    model = build_model(config).to(config.device)
+    model: Any = build_model(config)
+    model.to(config.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters / 1e6:.2f} M parameters; drawing {config.examples:,} examples of each task", flush=True
@@ -261,11 +263,14 @@ def train(config: PretrainConfig) -> Qwen3ForCausalLM:
                 torch.cuda.synchronize()  # keeps the clock honest
             if elapsed >= next_report:
                 next_report = elapsed + 0.5
-                row = {"step": step, "minutes": round(elapsed, 2), "learning_rate": round(rate, 4)}
-                row["loss"] = {
-                    task: round(loss, 4) for task, loss in zip(TASKS, stepper.losses.tolist(), strict=True)
+                losses = zip(TASKS, stepper.losses.tolist(), strict=True)
+                row = {
+                    "step": step,
+                    "minutes": round(elapsed, 2),
+                    "learning_rate": round(rate, 4),
+                    "loss": {task: round(loss, 4) for task, loss in losses},
+                    "exact": {task: round(share, 4) for task, share in exact(model, held).items()},
                 }
-                row["exact"] = {task: round(value, 4) for task, value in exact(model, held).items()}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 print(row, flush=True)
