@@ -11,7 +11,7 @@ import torch
 from rlkv.attention import Mixed
 from rlkv.logprobs import check_head, response_logprobs
 from rlkv.objective import advantages, policy_loss
-from rlkv.penalty import Penalty
+from rlkv.penalty import Penalty, reward_factor
 from rlkv.rewards import Verdict
 from rlkv.settings import TrainConfig
 
@@ -24,6 +24,7 @@ class Sample:
     response: list[int]
     logprobs: list[float]
     verdict: Verdict
+    task: str = ""
     advantage: float = 0.0
     prox: torch.Tensor | None = None  # [response tokens], only with several updates a batch
 
@@ -40,6 +41,15 @@ def pack(samples: list[Sample], budget: int) -> list[list[Sample]]:
         else:
             batches.append([sample])
     return batches
+
+
+def task_rewards(samples: list[list[Sample]]) -> dict[str, float]:
+    """Mean reward of each task in a batch, by name."""
+    scores: dict[str, list[float]] = {}
+    for group in samples:
+        for sample in group:
+            scores.setdefault(sample.task, []).append(float(sample.verdict.score))
+    return {task: sum(found) / len(found) for task, found in sorted(scores.items())}
 
 
 class Learner:
@@ -68,7 +78,10 @@ class Learner:
         ):
             for sample, value in zip(group, values, strict=True):
                 sample.advantage = value
-        pressure = self.penalty.gradient(self.gates, rewards.mean().item(), step)
+        reward = min(task_rewards(samples).values())
+        if self.config.penalty_reward == "mean":
+            reward = rewards.mean().item()
+        pressure = self.penalty.gradient(self.gates, reward, step)
         for options in self.optimiser.param_groups:
             options["lr"] = self.config.learning_rate_at(step, self.penalty.steps)
         parts = self.config.minibatches_per_batch
@@ -79,7 +92,8 @@ class Learner:
             chunk = [sample for group in samples[part::parts] for sample in group]
             for key, value in self.step(chunk, pressure).items():
                 totals[key] = totals.get(key, 0.0) + value / parts
-        return {"penalty_grad": pressure.abs().mean().item(), **totals}
+        factor = reward_factor(reward, self.config.tau)
+        return {"penalty_grad": pressure.abs().mean().item(), "reward_factor": factor, **totals}
 
     def step(self, samples: list[Sample], pressure: torch.Tensor) -> dict[str, float]:
         """One optimiser step. Answers of advantage 0 only add their tokens to the mean: not computed."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlkv.data import Encoded
-from rlkv.learner import Sample
+from rlkv.learner import Sample, task_rewards
 from rlkv.rewards import Reward, Verdict, grade
 from rlkv.sampler import Completion, Sampler, SamplingParams
 
@@ -35,7 +35,13 @@ class Actor:
         prompts = [self.prompts.tokens[index] for index in asked]
         completions = self.sampler.generate(prompts, params, gates)
         graded = [
-            Sample(self.prompts.tokens[index], done.tokens, done.logprobs, self.verdict(index, done))
+            Sample(
+                self.prompts.tokens[index],
+                done.tokens,
+                done.logprobs,
+                self.verdict(index, done),
+                self.prompts.problems[index].task,
+            )
             for index, done in zip(asked, completions, strict=True)
         ]
         return [graded[start : start + samples] for start in range(0, len(graded), samples)]
@@ -59,6 +65,8 @@ def summary(samples: list[list[Sample]]) -> dict[str, float]:
     kinds = Counter(sample.verdict.kind for sample in flat)
     scores = [sum(sample.verdict.score for sample in group) / len(group) for group in samples]
     count = len(flat)
+    tasks = task_rewards(samples)
+    by_task = {f"reward_{task}": reward for task, reward in tasks.items()} if len(tasks) > 1 else {}
     return {
         "reward": sum(scores) / len(scores),
         "solved": sum(score >= 1 for score in scores) / len(scores),  # prompts with every sample right
@@ -67,4 +75,5 @@ def summary(samples: list[list[Sample]]) -> dict[str, float]:
         "no_answer": kinds["no_answer"] / count,
         "grader_errors": kinds["error"],
         "response_length": sum(len(sample.response) for sample in flat) / count,
+        **by_task,
     }

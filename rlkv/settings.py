@@ -53,6 +53,9 @@ class TrainConfig:
         1e-3  # beta of beta * c(reward) * mean gate; each gate feels beta * c / (layers * KV heads)
     )
     tau: float = 0.5  # no penalty while the mean reward is not above this
+    penalty_reward: Literal["mean", "worst_task"] = (
+        "mean"  # the reward that c and tau look at: the batch's mean (paper), or that of its worst task
+    )
     target_sparsity: float | None = None  # steer the penalty until this fraction of gates lies below 0.5
 
     # Optimiser

@@ -24,7 +24,7 @@ from rlkv.gates import HeadGates
 from rlkv.learner import Learner
 from rlkv.loading import load_model, pick_device, recompute_activations
 from rlkv.metrics import Metrics, Progress
-from rlkv.penalty import Penalty, gate_sparsity, reward_factor
+from rlkv.penalty import Penalty, gate_sparsity
 from rlkv.remarks import remarks
 from rlkv.rewards import get_reward
 from rlkv.rollout import Actor, summary
@@ -167,7 +167,6 @@ class Trainer:
             "gate_mean": gates.mean().item(),
             "sparsity": gate_sparsity(gates),
             "beta": self.learner.penalty.effective_beta,
-            "reward_factor": reward_factor(values["reward"], config.tau),
             "rollout_tokens_per_second": answered / (sampled - began),
             "train_tokens_per_second": learned / (trained - sampled),
         }

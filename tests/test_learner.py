@@ -203,3 +203,19 @@ def test_learning_rate_falls_in_a_straight_line() -> None:
     config = TrainConfig(learning_rate=4e-2, final_learning_rate=1e-2)
     assert [config.learning_rate_at(step, 4) for step in range(4)] == pytest.approx([0.04, 0.03, 0.02, 0.01])
     assert TrainConfig(learning_rate=4e-2).learning_rate_at(3, 4) == 4e-2
+
+
+@pytest.mark.parametrize(("kind", "pressed"), [("mean", True), ("worst_task", False)])
+def test_penalty_can_wait_for_the_worst_task(tmp_path: Path, kind: str, pressed: bool) -> None:
+    """Three prompts of a solved task, one of a failing one: the mean, .75, exceeds tau; the worst does not."""
+    config = tiny_config(tmp_path, penalty=1.0, tau=0.5, penalty_reward=kind, weight_decay=0.0)
+    samples = make_samples(config, [[1, 1], [1, 1], [1, 1], [0, 0]])
+    for group, task in zip(samples, ["easy", "easy", "easy", "hard"], strict=True):
+        for sample in group:
+            sample.task = task
+    model = tiny_model()
+    model.set_attn_implementation("rlkv")
+    learner = Learner(model, torch.ones(2, 2), config, Penalty(1.0, 0.5))
+    values = learner.update(samples, 0)
+    assert (values["penalty_grad"] > 0) is pressed
+    assert (learner.gates < 1).all().item() is pressed
