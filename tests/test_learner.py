@@ -207,7 +207,7 @@ def test_learning_rate_falls_in_a_straight_line() -> None:
 
 @pytest.mark.parametrize(("kind", "pressed"), [("mean", True), ("worst_task", False)])
 def test_penalty_can_wait_for_the_worst_task(tmp_path: Path, kind: str, pressed: bool) -> None:
-    """Three prompts of a solved task, one of a failing one: the mean, .75, exceeds tau; the worst does not."""
+    """Three prompts of a solved task, one of a failing one: the mean, .75, exceeds tau; the worst, 0, not."""
     config = tiny_config(tmp_path, penalty=1.0, tau=0.5, penalty_reward=kind, weight_decay=0.0)
     samples = make_samples(config, [[1, 1], [1, 1], [1, 1], [0, 0]])
     for group, task in zip(samples, ["easy", "easy", "easy", "hard"], strict=True):
