@@ -221,7 +221,7 @@ def draw_methods(axes: Axes, methods: Sequence[Mapping[str, Any]]) -> None:
         values = [summary["accuracy"]["value"] for summary in points]
         below = [max(0.0, summary["accuracy"]["value"] - summary["accuracy"]["low"]) for summary in points]
         above = [max(0.0, summary["accuracy"]["high"] - summary["accuracy"]["value"]) for summary in points]
-        colour, marker = LOOKS.get(method, ("#009E73", "D"))
+        colour, marker = LOOKS["rlkv" if method.startswith("RLKV") else method]  # "RLKV, seed 1" in a study
         masks = points[0]["masks"]
         label = LABELS.get(method, method) + (f" (mean of {masks})" if masks > 1 else "")
         axes.errorbar(
