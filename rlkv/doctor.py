@@ -41,11 +41,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "models and prompts from the hub": ("hub", "datasets"),
     "math rewards": ("math-verify",),
-    "GPU kernels": ("GPU", "triton"),
     "pictures": ("matplotlib",),
     "training curves in TensorBoard": ("tensorboard",),
-    "many-GPU training": ("areal", "GPU"),
-    "serving": ("sglang", "GPU"),
 }
 
 

@@ -136,7 +136,7 @@ class HeadMask:
     def _bytes_per_token(self, bytes_per_value: int | None) -> int:
         if self.model is None:
             raise RLKVError(
-                "mask: no model recorded, so head_dim is unknown; load the gates with model=config"
+                "mask: no model is recorded, so its head_dim is unknown; name the model (model=...)"
             )
         per_token = self.model.bytes_per_token
         return per_token if bytes_per_value is None else 2 * self.model.head_dim * bytes_per_value
