@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rlkv.errors import RLKVError
+from rlkv.support import ModelShape, check_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -29,7 +30,6 @@ def load_model(name: str, dtype: str = "bfloat16", device: str = "auto") -> tupl
     Raises RLKVError when it cannot be read, or its KV heads cannot be split.
     """
     from rlkv.attention import NAME
-    from rlkv.support import check_model
 
     if dtype not in DTYPES:
         raise RLKVError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -46,14 +46,31 @@ def load_model(name: str, dtype: str = "bfloat16", device: str = "auto") -> tupl
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RLKVError(
-                f"model {name!r} could not be loaded (a hub id or a local folder): {reason}"
-            ) from None
+            raise unreadable(name, error) from None
     check_model(model)
     model = model.to(where).eval().requires_grad_(False)
     model.set_attn_implementation(NAME)
     return model, tokenizer
+
+
+def load_shape(name: str) -> ModelShape:
+    """The shape of a model by name, from its config alone; RLKVError when that cannot be read or split."""
+    from transformers import AutoConfig
+
+    from rlkv.pocket import weights_folder
+
+    try:
+        config = AutoConfig.from_pretrained(weights_folder() if name == "pocket" else name)
+    except (OSError, ValueError) as error:
+        raise unreadable(name, error) from None
+    config.name_or_path = name
+    return check_model(config)
+
+
+def unreadable(name: str, error: Exception) -> RLKVError:
+    """What to say of a model that is neither in a folder nor on the hub."""
+    reason = str(error).strip().splitlines()[0]
+    return RLKVError(f"model {name!r} could not be loaded (a hub id or a local folder): {reason}")
 
 
 def recompute_activations(model: Any) -> None:

@@ -229,6 +229,20 @@ def test_rank_by_memory_takes_the_fewest_local_heads_that_fit(home: Path, tmp_pa
         assert int((~HeadMask.load(path).full).sum()) == local
 
 
+def test_rank_takes_the_shape_of_a_bare_table_from_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "adapter_weights.tsv"
+    table.write_text(
+        "\n".join("\t".join(str((8 * row + column) / 48) for column in range(8)) for row in range(6))
+    )
+    words = ["memory=8MiB", "length=512", "batch=8", "window=4+16", f"output={tmp_path}/mask.json"]
+    assert "name the model" in fails(capsys, "rank", str(table), *words)
+    assert main(["rank", str(table), *words, "model=pocket"]) == 0
+    mask = HeadMask.load(tmp_path / "mask.json")
+    assert mask.kv_bytes(512, 8) <= 8 * 2**20 < mask.full_bytes(512, 8)
+
+
 def test_rank_by_loss_answers_development_problems(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

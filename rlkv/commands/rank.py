@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rlkv.bench import Bench, EvalConfig
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
+from rlkv.loading import load_shape
 from rlkv.mask import HeadMask
 from rlkv.rank import Choice, for_budget, for_loss, format_bytes
 from rlkv.window import Window
@@ -37,8 +38,9 @@ class Config:
     batch: int = 1  # requests at the same time
     bytes_per_value: int | None = None  # of the cache: 2 for bfloat16 (none: that of the trained model)
 
-    # Only for max_loss
     model: str = ""  # hub id, local folder, or pocket (empty: the one that the gates were trained on)
+
+    # Only for max_loss
     data: str = ""  # development problems: hub id, .jsonl path, pocket:TASKS (empty: the pocket's own)
     split: str = "dev"  # of a hub dataset or of the pocket
     n: int = 100  # problems
@@ -75,6 +77,8 @@ def run(config: Config) -> None:
         raise RLKVError(f"rank: give exactly one of sparsity=…, memory=… and max_loss=…; {given} given")
     gates = HeadGates.load(config.gates)
     options: dict[str, Any] = {name: getattr(config, name) for name in ("rounding", "tp", "seed", "window")}
+    if config.model and config.max_loss is None:
+        gates.model = gates.check(load_shape(config.model))
     if config.max_loss is None:  # else said when the problems are answered
         for line in gates.remarks(config.window or gates.deployed):
             print(line)
