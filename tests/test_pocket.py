@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlkv import pocket
-from rlkv.pocket.pretrain import EOS, WIDTHS, draw, label
+from rlkv.pocket.batches import EOS, WIDTHS, draw, label
 from rlkv.pocket.tasks import TASKS, Example, examples
 from rlkv.pocket.tokenizer import VOCABULARY, build_tokenizer, encode
 from rlkv.sampler import Sampler, SamplingParams

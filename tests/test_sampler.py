@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from rlkv.attention import Mixed
-from rlkv.errors import RLKVError
 from rlkv.sampler import Completion, Sampler, SamplingParams
 from rlkv.schedule import Pace
 from rlkv.slots import Prefill
@@ -320,54 +319,3 @@ def test_bfloat16_follows_the_trainer() -> None:
     expected = trainer_logprobs(model, prompts[0], completion.tokens, gates, 1.0)
     difference = (torch.tensor(completion.logprobs) - expected).abs()
     assert difference.mean() < 0.1 and difference.max() < 0.5  # bfloat16 keeps 8 bits
-
-
-@pytest.mark.parametrize(
-    ("prompts", "gates", "words"),
-    [
-        ([[5], []], None, "prompt 1 is empty"),
-        ([[5], [5] * 40], None, "prompt 1 has 40 tokens.*max_length=40"),
-        ([[5]], torch.ones(LAYERS, KV_HEADS + 1), r"shape \[3, 4\]"),
-        ([[5], [6]], torch.ones(3, LAYERS, KV_HEADS), r"\[2, 3, 4\]"),
-        ([[5]], torch.full((LAYERS, KV_HEADS), torch.nan), "NaN"),
-    ],
-)
-def test_bad_input_is_named(prompts: list[list[int]], gates: torch.Tensor | None, words: str) -> None:
-    with pytest.raises(RLKVError, match=words):
-        Sampler(make(), WINDOW, slots=2, max_length=40).generate(prompts, gates=gates)
-
-
-def test_bad_sampler_is_named() -> None:
-    with pytest.raises(RLKVError, match="prefill"):
-        Sampler(make(), WINDOW, max_length=40, prefill="some")  # type: ignore[arg-type]
-    with pytest.raises(RLKVError, match="cuda_graphs"):
-        Sampler(make(), WINDOW, max_length=40, cuda_graphs=True)
-    with pytest.raises(RLKVError, match="slots"):
-        Sampler(make(), WINDOW, slots=0, max_length=40)
-    with pytest.raises(RLKVError, match="max_length=513 exceeds the model's context of 512"):
-        Sampler(make(), WINDOW, max_length=513)
-    broken = make()
-    broken.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(RLKVError, match="NaN logits for prompt 0"):
-        Sampler(broken, WINDOW, max_length=40).generate([[5]])
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_positions_that_follow_the_batch_are_refused(kind: str) -> None:
-    options: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
-    options["original_max_position_embeddings"] = 128
-    if kind == "longrope":
-        options |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rope_parameters=options,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with pytest.raises(RLKVError, match=f"llama has {kind} RoPE.*longest request"):
-        Sampler(model, WINDOW, max_length=40)

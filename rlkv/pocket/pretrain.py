@@ -11,8 +11,6 @@ float32 under bfloat16 autocast and saved in bfloat16; the learning rate falls t
 from __future__ import annotations
 
 import json
-import math
-import random
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -20,17 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from rlkv.config import load
-from rlkv.pocket.tasks import REASONING, TASKS, examples
-from rlkv.pocket.tokenizer import VOCABULARY, build_tokenizer, encode
-
-WIDTHS = {"resolve": 480, "search": 656, "ledger": 448, "recall": 240}  # tokens: no longer example exists
-EOS = VOCABULARY["<eos>"]
+from rlkv.pocket.batches import EOS, WIDTHS, Pool, draw, label
+from rlkv.pocket.tasks import TASKS
+from rlkv.pocket.tokenizer import VOCABULARY, build_tokenizer
 
 
 @dataclass
@@ -82,51 +77,6 @@ def build_model(config: PretrainConfig) -> Qwen3ForCausalLM:
         bos_token_id=VOCABULARY["<bos>"], eos_token_id=EOS, pad_token_id=VOCABULARY["<pad>"], do_sample=False
     )
     return model
-
-
-def draw(
-    task: str, count: int, seed: int, no_thought: float, split: str = "train"
-) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` examples as tokens uint8 [count, width] and completion starts int16 [count]."""
-    rng, source = random.Random(seed), examples(task, split, seed)
-    tokens = np.full((count, WIDTHS[task]), VOCABULARY["<pad>"], dtype=np.uint8)
-    starts = np.zeros(count, dtype=np.int16)
-    for row in range(count):
-        example = next(source)
-        prompt, thought = f"<bos><user>{example.prompt}<assistant><think>", f"{example.thought}</think>"
-        if task in REASONING and rng.random() < no_thought:
-            prompt, thought = prompt + "</think>", ""
-        head = encode(prompt)
-        ids = head + encode(f"{thought}\\boxed{{{example.answer}}}<eos>")
-        tokens[row, : len(ids)], starts[row] = ids, len(head)
-    return tokens, starts
-
-
-class Pool:
-    """Pre-drawn examples of one task on the device; hands out random batches."""
-
-    def __init__(self, task: str, config: PretrainConfig, executor: ProcessPoolExecutor) -> None:
-        share = math.ceil(config.examples / config.workers)
-        jobs = [
-            executor.submit(draw, task, share, config.seed * 10_000 + worker, config.no_thought)
-            for worker in range(config.workers)
-        ]
-        parts = [job.result() for job in jobs]
-        self.tokens = torch.from_numpy(np.concatenate([part[0] for part in parts])).to(config.device)
-        self.starts = torch.from_numpy(np.concatenate([part[1] for part in parts])).to(config.device)
-
-    def batch(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input ids [rows, width] and next-token labels, -100 outside the completion."""
-        picked = torch.randint(len(self.tokens), (rows,), device=self.tokens.device)
-        return label(self.tokens[picked].long(), self.starts[picked])
-
-
-def label(ids: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next-token labels of the completion: position t is labelled with token t + 1."""
-    labels = ids.roll(-1, dims=1)
-    place = torch.arange(ids.shape[1], device=ids.device)
-    outside = (place < starts[:, None] - 1) | (labels == VOCABULARY["<pad>"]) | (place == ids.shape[1] - 1)
-    return ids, labels.masked_fill(outside, -100)
 
 
 def logits_of(model: Qwen3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -238,7 +188,18 @@ def train(config: PretrainConfig) -> Qwen3ForCausalLM:
         f"{parameters / 1e6:.2f} M parameters; drawing {config.examples:,} examples of each task", flush=True
     )
     with ProcessPoolExecutor(config.workers) as executor:
-        pools = {task: Pool(task, config, executor) for task in TASKS}
+        pools = {
+            task: Pool(
+                task,
+                config.examples,
+                executor,
+                workers=config.workers,
+                seed=config.seed,
+                no_thought=config.no_thought,
+                device=config.device,
+            )
+            for task in TASKS
+        }
     held = {}
     for task in TASKS:
         tokens, starts = (
