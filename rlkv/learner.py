@@ -25,6 +25,7 @@ class Sample:
     logprobs: list[float]
     verdict: Verdict
     task: str = ""
+    mask: torch.Tensor | None = None  # [layers, kv_heads], if it was written under a mask of its own
     advantage: float = 0.0
     prox: torch.Tensor | None = None  # [response tokens], only with several updates a batch
 

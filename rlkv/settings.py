@@ -44,6 +44,9 @@ class TrainConfig:
     slots: int = 32  # answers being written at the same time
 
     # Objective
+    estimator: Literal["soft", "masks"] = (
+        "soft"  # gradient through mixed attention (paper), or REINFORCE on a sampled mask for each answer
+    )
     advantage: Literal["group", "batch"] = (
         "group"  # group (paper: within a prompt) or batch (authors' code: over the batch's tokens)
     )
@@ -108,6 +111,11 @@ class TrainConfig:
         if self.advantage == "group" and self.samples_per_prompt < 2:
             raise RLKVError(
                 "advantage group compares a prompt's samples: samples_per_prompt must be 2 or more"
+            )
+        if self.estimator == "masks" and (self.samples_per_prompt < 2 or self.minibatches_per_batch > 1):
+            raise RLKVError(
+                "estimator masks compares a prompt's samples and makes one update a batch: "
+                "samples_per_prompt must be 2 or more and minibatches_per_batch 1"
             )
         if self.minibatches_per_batch > self.prompts_per_step:
             raise RLKVError("minibatches_per_batch cannot exceed prompts_per_step")

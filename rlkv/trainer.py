@@ -21,8 +21,9 @@ from rlkv.config import save as save_config
 from rlkv.data import Encoded, PromptSet
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
-from rlkv.learner import Learner
+from rlkv.learner import Learner, Sample
 from rlkv.loading import load_model, pick_device, recompute_activations
+from rlkv.mask_learner import MaskLearner
 from rlkv.metrics import Metrics, Progress
 from rlkv.penalty import Penalty, gate_sparsity
 from rlkv.remarks import remarks
@@ -93,7 +94,12 @@ class Trainer:
             )
             self.validator = Validator(Actor(sampler, tokenizer, held_out, reward), config)
         penalty = Penalty(config.penalty, config.tau, config.target_sparsity, self.steps)
-        self.learner = Learner(model, torch.ones(self.shape.layers, self.shape.kv_heads), config, penalty)
+        ones = torch.ones(self.shape.layers, self.shape.kv_heads)
+        self.learner: Learner | MaskLearner
+        if config.estimator == "masks":
+            self.learner = MaskLearner(ones, config, penalty)
+        else:
+            self.learner = Learner(model, ones, config, penalty)
         self.best: Best | None = None
         self.done, self.since_best, self.last_reward = 0, 0, 0.0
         if state is not None:
@@ -154,7 +160,7 @@ class Trainer:
             seed=config.seed * 1_000_003 + self.done,
         )
         gates = self.learner.gates.detach()
-        samples = self.actor.answer(which, params, gates, config.samples_per_prompt)
+        samples = self.answer(which, params, gates)
         sampled = time.perf_counter()
         values = summary(samples)
         values |= self.learner.update(samples, self.done)
@@ -173,6 +179,17 @@ class Trainer:
         if self.validator and (self.done % config.validate_every == 0 or self.done == self.steps):
             values |= self.validate(self.validator)
         return {**values, "seconds": time.perf_counter() - began}
+
+    def answer(self, which: list[int], params: SamplingParams, gates: torch.Tensor) -> list[list[Sample]]:
+        """Graded answers under the gates, or each under a mask drawn from them."""
+        count = self.config.samples_per_prompt
+        if isinstance(self.learner, Learner):
+            return self.actor.answer(which, params, gates, count)
+        masks = self.learner.draw(len(which) * count, params.seed)
+        samples = self.actor.answer(which, params, masks, count)
+        for sample, mask in zip((sample for group in samples for sample in group), masks, strict=True):
+            sample.mask = mask
+        return samples
 
     def validate(self, validator: Validator) -> dict[str, float]:
         """Answer the held-out prompts, and keep the gates if they are the best so far."""
