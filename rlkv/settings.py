@@ -26,6 +26,8 @@ class TrainConfig:
     prompt_template: str = "{prompt}"  # wraps the prompt column
     reward: str = "math"  # math, exact or module.path:function
 
+    initial_gates: str = ""  # gates folder or table to start from (empty: ones, the paper)
+
     # Mixed attention
     window: Window = Window(128, 256)  # sink+recent tokens of a local head in training
     deploy_window: Window | None = None  # the window to be deployed, if another: validation uses it

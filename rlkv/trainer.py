@@ -94,12 +94,14 @@ class Trainer:
             )
             self.validator = Validator(Actor(sampler, tokenizer, held_out, reward), config)
         penalty = Penalty(config.penalty, config.tau, config.target_sparsity, self.steps)
-        ones = torch.ones(self.shape.layers, self.shape.kv_heads)
+        start = torch.ones(self.shape.layers, self.shape.kv_heads)
+        if config.initial_gates:
+            start = HeadGates.load(config.initial_gates, model=model).values
         self.learner: Learner | MaskLearner
         if config.estimator == "masks":
-            self.learner = MaskLearner(ones, config, penalty)
+            self.learner = MaskLearner(start, config, penalty)
         else:
-            self.learner = Learner(model, ones, config, penalty)
+            self.learner = Learner(model, start, config, penalty)
         self.best: Best | None = None
         self.done, self.since_best, self.last_reward = 0, 0, 0.0
         if state is not None:

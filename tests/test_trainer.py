@@ -235,3 +235,16 @@ def test_defaults_are_the_llama_recipe() -> None:
     recipe = load(TrainConfig, Path(__file__).parents[1] / "configs" / "llama-8b-r1.yaml")
     differing = {key for key, value in vars(TrainConfig()).items() if getattr(recipe, key) != value}
     assert differing == {"output", "validation_data", "validate_every", "gradient_checkpointing", "device"}
+
+
+def test_a_run_can_start_from_gates(tmp_path: Path) -> None:
+    start = torch.tensor([[0.2, 0.9], [0.6, 0.4]])
+    HeadGates(start).save(tmp_path / "start")
+    changes = {
+        "initial_gates": str(tmp_path / "start"),
+        "learning_rate": 1e-6,
+        "steps": 1,
+        "validate_every": 0,
+    }
+    gates = train(tiny_config(tmp_path, **changes), tiny_model(), TinyTokenizer())
+    torch.testing.assert_close(gates.values, start, atol=1e-4, rtol=0)
