@@ -53,6 +53,14 @@ def task_rewards(samples: list[list[Sample]]) -> dict[str, float]:
     return {task: sum(found) / len(found) for task, found in sorted(scores.items())}
 
 
+def penalised_reward(config: TrainConfig, samples: list[list[Sample]]) -> float:
+    """The reward that the penalty looks at: the batch's mean, or that of its worst task."""
+    if config.penalty_reward == "worst_task":
+        return min(task_rewards(samples).values())
+    scores = [float(sample.verdict.score) for group in samples for sample in group]
+    return sum(scores) / len(scores)
+
+
 class Learner:
     """Owns the gates (float32 parameter [layers, kv_heads] on the model's device) and their optimiser.
 
@@ -79,9 +87,7 @@ class Learner:
         ):
             for sample, value in zip(group, values, strict=True):
                 sample.advantage = value
-        reward = min(task_rewards(samples).values())
-        if self.config.penalty_reward == "mean":
-            reward = rewards.mean().item()
+        reward = penalised_reward(self.config, samples)
         pressure = self.penalty.gradient(self.gates, reward, step)
         for options in self.optimiser.param_groups:
             options["lr"] = self.config.learning_rate_at(step, self.penalty.steps)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlkv.learner import Sample, task_rewards, to_cpu
+from rlkv.learner import Sample, penalised_reward, to_cpu
 from rlkv.penalty import Penalty, reward_factor
 from rlkv.settings import TrainConfig
 
@@ -46,9 +46,7 @@ class MaskLearner:
         masks = torch.stack([sample.mask for group in samples for sample in group])  # type: ignore[misc]
         score = masks - self.gates  # of log p(mask) with respect to the logits
         policy = -((rewards - others).flatten()[:, None, None] * score).mean(0)
-        reward = rewards.mean().item()
-        if self.config.penalty_reward == "worst_task":
-            reward = min(task_rewards(samples).values())
+        reward = penalised_reward(self.config, samples)
         pressure = self.penalty.gradient(self.gates, reward, step) * self.gates * (1 - self.gates)
         for options in self.optimiser.param_groups:
             options["lr"] = self.config.learning_rate_at(step, self.penalty.steps)
