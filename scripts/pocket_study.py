@@ -4,7 +4,7 @@
 
 Runs `rlkv train` and `rlkv eval` as processes, a few on each GPU at a time, then merges their answers into
 results.json and table.md: every mask has answered the same held-out problems, so all comparisons are paired.
-An interrupted study goes on where it was. About six GPU-minutes a seed on an H100, evaluation included.
+An interrupted study goes on where it was, and jobs whose result is there are not run again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from rlkv.answers import read_rows
+from rlkv.answers import Row, read_rows
 from rlkv.config import load
 from rlkv.files import write_atomically
 from rlkv.gates import HeadGates
 from rlkv.mask import HeadMask
 from rlkv.penalty import gate_sparsity
-from rlkv.report import Entry, markdown, summarise
+from rlkv.pocket.tasks import REASONING
+from rlkv.report import Entry, difference, markdown, scores, summarise
 
 DATA = "pocket:resolve+search+ledger+recall"  # recall is never trained on: it needs no thought
 
@@ -46,72 +47,67 @@ class StudyConfig:
     sparsities: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625])
     problems: int = 4096  # held-out problems, a quarter of each task
     random_masks: int = 8
+    random_problems: int = 1024  # of those, answered under each random mask
     train: list[str] = field(default_factory=list)  # more settings for rlkv train
     device: str = "cuda"
 
 
 @dataclass
 class Job:
-    """One process: ``after`` names the job whose result it needs."""
+    """One process: ``result`` is the file that it writes last, ``after`` the job whose result it needs."""
 
     name: str
     arguments: list[str]
+    result: str
     after: str = ""
     module: str = "rlkv.cli"
 
 
 def make_jobs(config: StudyConfig) -> list[Job]:
     """Training first, then what does not wait for it, then the evaluation of each seed."""
-    out = config.output
-    more = [f"device={config.device}", "dtype=float32", "resume=true", *config.train]
-    jobs = [
-        Job(
-            f"seed-{seed}",
-            ["train", "configs/pocket.yaml", f"seed={seed}", f"output={out}/seed-{seed}", *more],
-        )
-        for seed in config.seeds
+    out, on = config.output, f"device={config.device}"
+    more = [on, "dtype=float32", "resume=true", *config.train]
+
+    def train(name: str, setting: str) -> Job:
+        arguments = ["train", "configs/pocket.yaml", setting, f"output={out}/{name}", *more]
+        return Job(name, arguments, f"{name}/card.json")
+
+    common = [f"data={DATA}", "model=pocket", "window=4+16", "max_new_tokens=512", "slots=1024"]
+    common += ["chunk=32768", on, "dtype=float32"]
+    everywhere = [f"n={config.problems}", f"sparsities={','.join(map(str, config.sparsities))}"]
+
+    def evaluate(name: str, settings: list[str], after: str = "") -> Job:
+        return Job(name, ["eval", *common, *settings, f"output={out}/{name}"], f"{name}/results.json", after)
+
+    ablation = ["methods=ablation", f"ablation_data={TRAIN}", "ablation_problems=192"]
+    random = ["methods=random", f"random_masks={config.random_masks}", f"n={config.random_problems}"]
+    phenomenon = ["n=1024", f"output={out}", on, "slots=1024"]
+    return [
+        *(train(f"seed-{seed}", f"seed={seed}") for seed in config.seeds),
+        *(train(f"target-{target:g}", f"target_sparsity={target}") for target in config.targets),
+        evaluate("eval-ablation", [*everywhere, *ablation]),
+        *(
+            evaluate(
+                f"eval-seed-{seed}",
+                [*everywhere, "methods=rlkv", f"gates={out}/seed-{seed}"],
+                after=f"seed-{seed}",
+            )
+            for seed in config.seeds
+        ),
+        *(
+            evaluate(f"eval-random-{sparsity:g}", [*random, f"sparsities={sparsity}"])
+            for sparsity in config.sparsities
+        ),
+        Job("phenomenon", phenomenon, "phenomenon.json", module="rlkv.pocket.check"),
     ]
-    jobs += [
-        Job(
-            f"target-{target:g}",
-            [
-                "train",
-                "configs/pocket.yaml",
-                f"target_sparsity={target}",
-                f"output={out}/target-{target:g}",
-                *more,
-            ],
-        )
-        for target in config.targets
-    ]
-    common = [f"data={DATA}", f"n={config.problems}", "model=pocket", "window=4+16", "max_new_tokens=512"]
-    common += ["slots=1024", "chunk=32768", f"device={config.device}", "dtype=float32"]
-    everywhere = f"sparsities={','.join(map(str, config.sparsities))}"
-    random = ["methods=random", f"random_masks={config.random_masks}"]
-    ablation = [
-        "methods=ablation",
-        f"ablation_data={TRAIN}",
-        "ablation_problems=192",
-        everywhere,
-        f"output={out}/eval-ablation",
-    ]
-    phenomenon = ["n=1024", f"output={out}", f"device={config.device}", "slots=1024"]
-    jobs.append(Job("phenomenon", phenomenon, module="rlkv.pocket.check"))
-    jobs.append(Job("eval-ablation", ["eval", *common, *ablation]))
-    for seed in config.seeds:
-        gates = ["methods=rlkv", f"gates={out}/seed-{seed}", everywhere, f"output={out}/eval-seed-{seed}"]
-        jobs.append(Job(f"eval-seed-{seed}", ["eval", *common, *gates], after=f"seed-{seed}"))
-    for sparsity in config.sparsities:
-        name = f"eval-random-{sparsity:g}"
-        jobs.append(Job(name, ["eval", *common, *random, f"sparsities={sparsity}", f"output={out}/{name}"]))
-    return jobs
 
 
 def run_all(jobs: list[Job], config: StudyConfig) -> dict[str, float]:
     """Seconds that each job took; stops with the log's end if one fails."""
     logs = config.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    waiting = list(jobs)
+    waiting = [job for job in jobs if not (config.output / job.result).is_file()]
+    done = {job.name for job in jobs} - {job.name for job in waiting}
     running: dict[str, tuple[subprocess.Popen[bytes], int, float]] = {}
     took: dict[str, float] = {}
     while waiting or running:
@@ -124,9 +120,10 @@ def run_all(jobs: list[Job], config: StudyConfig) -> dict[str, float]:
                     other.terminate()
                 sys.exit(f"{name} failed:\n{(logs / name).read_text()[-3000:]}")
             took[name] = time.time() - began
+            done.add(name)
             print(f"{name}: {took[name]:.0f} s on GPU {gpu}", flush=True)
         load_of = [sum(gpu == other for _, other, _ in running.values()) for gpu in range(config.gpus)]
-        ready = next((job for job in waiting if not job.after or job.after in took), None)
+        ready = next((job for job in waiting if not job.after or job.after in done), None)
         if ready is not None and min(load_of) < config.jobs_a_gpu:
             waiting.remove(ready)
             gpu = load_of.index(min(load_of))
@@ -141,12 +138,30 @@ def run_all(jobs: list[Job], config: StudyConfig) -> dict[str, float]:
 
 
 def merge(config: StudyConfig) -> dict[str, Any]:
-    """One summary of all masks: RLKV's seeds under "rlkv-seed-1", ...; the rest under its method's name."""
-    entries, rows, header = {}, {}, {}
-    for folder in sorted(config.output.glob("eval-*")):
-        results = json.loads((folder / "results.json").read_text())
-        header = {key: results[key] for key in ("model", "shape", "data", "window", "prefill")}
-        answers: dict[str, list[Any]] = {}
+    """One summary of all masks: RLKV's seeds under "RLKV, seed 1", ...; the rest under its method's name.
+
+    Random masks answered fewer problems: they are summarised among themselves and listed beside the rest.
+    """
+    folders = sorted(config.output.glob("eval-*"))
+    header = json.loads((folders[0] / "results.json").read_text())
+    found = {key: header[key] for key in ("model", "shape", "data", "window", "prefill")}
+    random = [folder for folder in folders if folder.name.startswith("eval-random")]
+    entries, rows = collect([folder for folder in folders if folder not in random])
+    results = {**found, **summarise(entries, rows), "rlkv_minus_ablation": margins(entries, rows)}
+    drawn = summarise(*collect(random))
+    for place, more in [(results["methods"], drawn["methods"])] + [
+        (results["tasks"][task], drawn["tasks"][task]) for task in results["tasks"]
+    ]:
+        place += [summary for summary in more if summary["method"] == "random"]
+        place.sort(key=lambda summary: summary["requested"])
+    return results
+
+
+def collect(folders: list[Path]) -> tuple[list[Entry], dict[str, list[Row]]]:
+    """The masks of several evaluations, and each mask's rows in the order of the problems."""
+    entries, rows = {}, {}
+    for folder in folders:
+        answers: dict[str, list[Row]] = {}
         for (mask, _), row in read_rows(folder / "rows.jsonl").items():
             answers.setdefault(mask, []).append(row)
         for path in sorted((folder / "masks").glob("*.json")):
@@ -157,8 +172,27 @@ def merge(config: StudyConfig) -> dict[str, Any]:
             requested = float(rest.split("-")[0]) if rest else 0.0
             entries[name] = Entry(label, requested, name, HeadMask.load(path))
             rows[name] = sorted(answers[path.stem], key=lambda row: row.problem)
-    order = sorted(entries.values(), key=lambda entry: (entry.requested, entry.method, entry.name))
-    return {**header, **summarise(order, rows)}
+    return sorted(entries.values(), key=lambda entry: (entry.requested, entry.method, entry.name)), rows
+
+
+def margins(entries: list[Entry], rows: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
+    """Sparsity -> task -> paired difference of accuracy, mean of RLKV's seeds minus single-head ablation.
+
+    The interval is for new seeds and new problems; "reasoning" is all problems that need a thought.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for ablation in (entry for entry in entries if entry.method == "ablation"):
+        seeds = [
+            entry
+            for entry in entries
+            if entry.requested == ablation.requested and entry.method.startswith("RLKV")
+        ]
+        of_task = {task: [task] for task in REASONING} | {"reasoning": list(REASONING)}
+        for name, tasks in of_task.items():
+            chosen = {key: [row for row in group if row.task in tasks] for key, group in rows.items()}
+            minus = difference(scores([ablation], chosen), scores(seeds, chosen))["minus"]
+            found.setdefault(f"{ablation.requested:g}", {})[name] = minus
+    return found
 
 
 def machine() -> dict[str, str]:
@@ -179,8 +213,24 @@ def study(config: StudyConfig) -> None:
         landed[f"{target:g}"] = gate_sparsity(gates.values)
     results |= {"seconds": took, "target_sparsity": landed, "machine": machine()}
     write_atomically(config.output / "results.json", json.dumps(results, indent=2) + "\n")
-    write_atomically(config.output / "table.md", markdown(results))
-    print(markdown(results), landed, sep="\n")
+    table = markdown(results) + "\n" + markdown_margins(results["rlkv_minus_ablation"])
+    write_atomically(config.output / "table.md", table)
+    print(table, landed, sep="\n")
+
+
+def markdown_margins(found: dict[str, dict[str, Any]]) -> str:
+    """Points of accuracy, RLKV (mean of seeds) minus single-head ablation, with 95 % intervals."""
+    names = [*REASONING, "reasoning"]
+    lines = ["**RLKV (mean of seeds) minus single-head ablation, points, paired**", ""]
+    lines += ["| sparsity | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for sparsity, of_task in sorted(found.items(), key=lambda item: float(item[0])):
+        cells = [
+            f"{100 * of_task[name]['value']:+.1f} "
+            f"[{100 * of_task[name]['low']:+.1f}, {100 * of_task[name]['high']:+.1f}]"
+            for name in names
+        ]
+        lines.append(f"| {sparsity} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

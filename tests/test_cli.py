@@ -234,7 +234,7 @@ def test_rank_takes_the_shape_of_a_bare_table_from_the_model(
 ) -> None:
     table = tmp_path / "adapter_weights.tsv"
     table.write_text(
-        "\n".join("\t".join(str((8 * row + column) / 48) for column in range(8)) for row in range(6))
+        "\n".join("\t".join(str((16 * row + column) / 96) for column in range(16)) for row in range(6))
     )
     words = ["memory=8MiB", "length=512", "batch=8", "window=4+16", f"output={tmp_path}/mask.json"]
     assert "name the model" in fails(capsys, "rank", str(table), *words)

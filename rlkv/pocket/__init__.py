@@ -3,7 +3,7 @@
     model, tokenizer = rlkv.pocket.load()
     problems("resolve", "test", 100)                   # dicts: prompt, answer, id, task
 
-A 3.6 M parameter Qwen3 (6 layers, 16 query and 8 KV heads of 16) trained from scratch by ``pretrain.py``; its
+A 4.8 M parameter Qwen3 (6 layers, 32 query and 16 KV heads of 16) trained from scratch by ``pretrain.py``; its
 card and training log lie beside the weights. Every figure about it uses one window, 4 + 16.
 """
 

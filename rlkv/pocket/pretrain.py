@@ -36,8 +36,8 @@ class PretrainConfig:
     minutes: float = 7.0  # wall-clock time of training
     layers: int = 6
     width: int = 256
-    query_heads: int = 16
-    kv_heads: int = 8
+    query_heads: int = 32
+    kv_heads: int = 16
     head_dim: int = 16
     mlp: int = 512
     rope_theta: float = 1e5
