@@ -42,9 +42,14 @@ def ablate(bench: Bench, folder: Path) -> HeadGates:
     if (folder / "gates.tsv").is_file():
         return HeadGates.load(folder, model=bench.model)
     prompts = bench.problems(config.ablation_data, config.ablation_split, config.ablation_problems)
-    sampler = bench.sampler(prompts)
+    return score_heads(bench, bench.sampler(prompts), prompts, folder)
+
+
+def score_heads(bench: Bench, sampler: Sampler, prompts: Encoded, folder: Path) -> HeadGates:
+    """:func:`ablate` on the problems given; answers in ``folder`` are used again, gates written over."""
+    config = bench.config
     layers, heads = bench.shape.layers, bench.shape.kv_heads
-    print(f"ablation: {layers * heads} heads x {len(prompts)} problems of {config.ablation_split}")
+    print(f"ablation: {layers * heads} heads x {len(prompts)} problems")
     solved = solve(bench, sampler, prompts)
     if not solved:
         raise RLKVError(f"ablation: the full cache solves none of {len(prompts)} problems; nothing to lose")

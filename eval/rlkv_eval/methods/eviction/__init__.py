@@ -1,0 +1,1 @@
+"""Methods that drop tokens: one cache and generator, and one file for each rule of what goes."""

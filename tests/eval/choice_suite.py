@@ -1,0 +1,75 @@
+# ruff: noqa: E501  a table, one case a line
+"""Hand-made answers to multiple choice: completion, letter read (None: none), why. C is right."""
+
+from __future__ import annotations
+
+OPTIONS = ["12 N", "a matter of law", "Joy and peace", "None of the above"]
+ECHO = "A) 12 N\nB) a matter of law\nC) Joy and peace\nD) None of the above"
+INSTRUCTION = (
+    "The last line of my response should be of the format: 'Answer: $LETTER' where LETTER is one of ABCD."
+)
+
+CASES = [
+    ("hm</think>Answer: C", "C", "the form asked for"),
+    ("hm</think>**Answer: C**", "C", "bold"),
+    ("hm</think>**Answer:** C", "C", "a bold label"),
+    ("hm</think>**Answer**: C.", "C", "a bold label, the colon outside"),
+    ("hm</think>Answer: $C$", "C", "as a formula"),
+    ("hm</think>Answer: \\text{C}", "C", "as text in LaTeX"),
+    ("hm</think>Answer: $\\boxed{C}$", "C", "a box after the label"),
+    ("hm</think>$\\boxed{\\text{(C)}}$", "C", "a box alone"),
+    ("hm</think>\\boxed{C) Joy and peace}", "C", "a box with the option's text"),
+    ("hm</think>Answer: (C)", "C", "in brackets"),
+    ("hm</think>Answer: [C]", "C", "in square brackets"),
+    ("hm</think>Answer: C) Joy and peace", "C", "with the option's text"),
+    ("hm</think>Answer: C. Joy and peace", "C", "with a full stop and the text"),
+    ("hm</think>ANSWER: C", "C", "capitals"),
+    ("hm</think>answer: c", "C", "small letters"),
+    ("hm</think>Answer:\n\nC", "C", "on a line of its own"),
+    ("hm</think>Answer：C", "C", "a full-width colon"),
+    ("hm</think>Answer - C", "C", "a dash"),
+    ("hm</think>Final Answer: Option C", "C", "the word option"),
+    ("hm</think>The correct answer is C.", "C", "a sentence"),
+    ("hm</think>The correct option is (C).", "C", "a sentence about options"),
+    ("hm</think>So the best choice is C, because A and B fail.", "C", "other letters in the reason"),
+    ("hm</think>Option C is correct.", "C", "the letter before the verb"),
+    ("hm</think>The answer is therefore C.", "C", "an adverb between"),
+    ("hm</think>The answer to the question is C.", "C", "words between"),
+    ("hm</think>C", "C", "the letter alone"),
+    ("hm</think>Reasoning...\n\n(C)", "C", "the letter alone in the last line"),
+    ("hm</think>I choose this:\nC) Joy and peace", "C", "the option's line"),
+    ("hm</think>Answer: Joy and peace", "C", "the option's text instead of its letter"),
+    ("hm</think>It is clear.\nJoy and peace.", "C", "the option's text as last line"),
+    ("hm</think>Answer: B\nWait, no.\nAnswer: C", "C", "the last of two"),
+    ("hm</think>Answer: C\nThe answer is not B.", "C", "a negation names no answer"),
+    ("hm</think>Answer: C (A and B are wrong)", "C", "a remark in brackets"),
+    ("Answer: A</think>Answer: C", "C", "the thought does not count"),
+    ("Answer: C</think>Answer: A", "A", "nor does it when it is right"),
+    ("Answer: C</think>", "C", "nothing after the thought: the whole text is the fallback"),
+    (f"{INSTRUCTION} So it is joy.</think>Answer: C", "C", "the quoted instruction in the thought"),
+    (
+        f"hm</think>{INSTRUCTION}\nAnswer: C",
+        "C",
+        "the quoted instruction before the answer (read as L by the authors)",
+    ),
+    (f"hm</think>Answer: C\n({INSTRUCTION})", "C", "the quoted instruction after it"),
+    (f"{INSTRUCTION}", None, "only the instruction"),
+    ("I must end with 'Answer: X' where X is the letter.</think>", None, "a letter that stands for any"),
+    ("hm</think>I should end with 'Answer: A', say. Answer: C", "C", "a quoted example"),
+    ("hm</think>'Answer: C'", "C", "the whole answer in quotes"),
+    (f"hm</think>Options:\n{ECHO}", None, "the options repeated are no choice"),
+    (f"hm</think>{ECHO}\nAnswer: C", "C", "the options repeated, then the answer"),
+    (f"hm</think>Answer: C\n{ECHO}", "C", "the answer, then the options repeated"),
+    ("hm</think>The answer is a matter of taste.", None, "an article is no letter"),
+    ("hm</think>The answer is a matter of taste. Answer: c", "C", "an article, then the letter"),
+    ("hm</think>The answer is I think unclear.", None, "a pronoun is no letter"),
+    ("hm</think>Answer: I", "I", "the ninth option"),
+    ("hm</think>Answer: A or C", "A or C", "two letters are one wrong answer"),
+    ("hm</think>Answer: C, D", "C or D", "two letters with a comma"),
+    ("hm</think>Answer: A/C", "A or C", "two letters with a slash"),
+    ("hm</think>Answer: CD", None, "two letters in a row are none"),
+    ("hm</think>Answer: Caesar", None, "a word that begins with the letter"),
+    ("hm</think>Answer: D", "D", "another letter"),
+    ("hm</think>I cannot tell.", None, "no letter"),
+    ("", None, "nothing"),
+]
