@@ -66,6 +66,8 @@ VALUES = [
     ("5", "5!", NO, "a factorial"),
     ("120", "5!", OK, "a factorial has a value"),
     (r"\frac{1}{6}", r"0.1\overline{6}", OK, "digits before the period"),
+    (r"\mathbf{2340}", "2340", OK, "a number in bold"),
+    ("(-1,6)", "{(-1,6)}", OK, "braces that group nothing"),
     # thousands separators
     ("10,\\!080", "10080", OK, "none in the answer"),
     ("10080", "10,080", OK, "a comma"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def make_prompts(lengths: list[int] = RAGGED) -> list[list[int]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_at_sparsity_zero_it_is_the_full_cache(method: str, dtype: torch.dtype, temperature: float) -> None:
-    model, prompts = tiny("qwen3").to(dtype), make_prompts()
+    model: Any = tiny("qwen3")
+    model, prompts = model.to(dtype), make_prompts()
     params = SamplingParams(max_new_tokens=20, temperature=temperature, seed=2, stop_ids=(7, 8))
     full = Sampler(model, WINDOW, slots=4, max_length=130, prefill="full").generate(prompts, params)
     context = Context(model, None, WINDOW, "full", 4, 130, 0, None, [], Path())
@@ -71,7 +73,7 @@ def test_bytes_are_those_of_a_head_mask_and_those_held(method: str) -> None:
 @pytest.mark.parametrize("slots", [1, 4])
 def test_neighbours_and_former_owners_do_not_matter(method: str, slots: int) -> None:
     model, prompts = tiny("qwen2"), make_prompts()
-    options = {"window": WINDOW, "new_tokens": 20}
+    options: dict[str, Any] = {"window": WINDOW, "new_tokens": 20}
     together = run(model, method, 5 / 9, prompts, slots=slots, **options)
     # a request's random stream is its place among the prompts: keep the places
     again = run(model, method, 5 / 9, prompts + make_prompts([17, 40]), slots=5, **options)
@@ -84,7 +86,7 @@ def test_neighbours_and_former_owners_do_not_matter(method: str, slots: int) -> 
 def test_looking_rarely_at_the_device_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: finished rows go on for some steps, slots are refilled several at a time."""
     model, prompts = tiny("qwen3"), make_prompts()
-    options = {"window": WINDOW, "new_tokens": 33, "slots": 4, "max_length": 100}
+    options: dict[str, Any] = {"window": WINDOW, "new_tokens": 33, "slots": 4, "max_length": 100}
     often = run(model, method, 7 / 9, prompts, **options)
     pace = Pace(5, 32, groups=1, refill=2, prompt_tokens=100, power_of_two_rows=True)
     monkeypatch.setattr(Pace, "on_cpu", classmethod(lambda cls: pace))
@@ -137,7 +139,7 @@ def test_what_is_wrong_is_said() -> None:
             get_method(method).build(context, 1.5)
         with pytest.raises(RLKVError, match="prompt 1 has 50 tokens"):
             get_method(method).build(context, 0.5).generate([[1], [1] * 50], SamplingParams())
-    for name, wrong in [
+    wrong_settings: list[tuple[str, dict[str, Any]]] = [
         ("h2o", {"recent": 1.0}),
         ("rkv", {"observed": 0}),
         ("rkv", {"buffer": 4}),
@@ -145,6 +147,7 @@ def test_what_is_wrong_is_said() -> None:
         ("rkv", {"mix": 2.0}),
         ("streaming", {"sink": -1}),
         ("random_eviction", {"recent": -1}),
-    ]:
+    ]
+    for name, wrong in wrong_settings:
         with pytest.raises(RLKVError, match=f"{name}: "):
             get_method(name, wrong)

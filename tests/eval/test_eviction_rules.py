@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def rkv_scores(
 
 @pytest.mark.parametrize(("kind", "sparsity", "observed"), [("llama", 5 / 9, 4), ("qwen3", 7 / 9, 8)])
 def test_rkv_keeps_what_matters_and_does_not_repeat(kind: str, sparsity: float, observed: int) -> None:
-    settings = {"observed": observed, "buffer": 16, "share": 0.25}
+    settings: dict[str, Any] = {"observed": observed, "buffer": 16, "share": 0.25}
     trial = run(
         tiny(kind), "rkv", sparsity, make_prompts(), window=WINDOW, slots=4, new_tokens=60, **settings
     )
@@ -170,7 +171,7 @@ def test_random_eviction_keeps_recent_tokens_then_the_prompt() -> None:
     )
     for request, prompt in enumerate(trial.prompts):
         held, _, _ = trial.judged(request)
-        sets = Counter()
+        sets: Counter[tuple[int, ...]] = Counter()
         for length in range(len(prompt), len(prompt) + 50):
             budget = token_budget(length, sparsity, WINDOW)
             for layer, head in heads_of(trial):
@@ -213,7 +214,7 @@ def test_random_eviction_is_uniform() -> None:
 
 def test_random_eviction_draws_belong_to_the_request_and_the_seed() -> None:
     model, prompts = tiny("llama"), make_prompts([20, 9, 31, 14])
-    options = {"window": WINDOW, "new_tokens": 30}
+    options: dict[str, Any] = {"window": WINDOW, "new_tokens": 30}
     one = run(model, "random_eviction", 5 / 9, prompts, slots=1, **options)
     four = run(model, "random_eviction", 5 / 9, prompts, slots=4, **options)
     other = run(model, "random_eviction", 5 / 9, prompts, slots=4, seed=1, **options)

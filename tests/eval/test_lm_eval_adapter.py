@@ -159,7 +159,7 @@ def test_a_task_from_start_to_end(tmp_path: Path, gates: Path, monkeypatch: pyte
         ({"pretrained": "pocket", "window": "16"}, "SINK"),
     ],
 )
-def test_bad_arguments(options: dict[str, str], match: str) -> None:
+def test_bad_arguments(options: dict[str, Any], match: str) -> None:
     with pytest.raises(RLKVError, match=match):
         MaskedLM(**options)
 
