@@ -15,7 +15,8 @@ from rlkv_eval import plan, runner
 from rlkv_eval.backend import Answer
 from rlkv_eval.config import RunConfig
 from rlkv_eval.graders.base import Verdict
-from rlkv_eval.plan import Job, Plan, Request
+from rlkv_eval.jobs import Job, Request
+from rlkv_eval.plan import Plan
 from rlkv_eval.results import Row
 from rlkv_eval.tasks.base import Item, Task
 

@@ -12,10 +12,12 @@ import pytest
 from eval_kit import Instant, config, make_items, make_task, tasks  # noqa: F401 (a fixture)
 
 from rlkv.errors import RLKVError
+from rlkv.window import Window
 from rlkv_eval import plan as plan_module
 from rlkv_eval.config import RunConfig, Shard
+from rlkv_eval.jobs import stream
 from rlkv_eval.merge import merge
-from rlkv_eval.plan import make_plan, stream
+from rlkv_eval.plan import make_plan
 from rlkv_eval.results import load_results
 from rlkv_eval.runner import run
 from rlkv_eval.tasks.base import Item
@@ -102,7 +104,8 @@ def test_unfinished_or_foreign_shards_are_not_merged(tmp_path: Path) -> None:
         ({"temperature": 0.5}, "temperature"),
         ({"seed": 3}, "seed"),
         ({"n": 5}, "problems"),
-        ({"prefill": "local"}, "prefill"),
+        ({"prefill": "local", "methods": ["random"], "noise_floor": False}, "prefill"),
+        ({"window": Window(2, 8), "methods": ["full"]}, None),  # which the full cache never sees
         ({"max_new_tokens": 7}, "max_new_tokens"),
         ({"options": {"random": {"draw": 1}}}, None),  # another run's folder, so no contradiction
     ],
@@ -111,7 +114,7 @@ def test_another_configuration_is_refused_before_the_model_is_loaded(
     tmp_path: Path, change: dict[str, Any], name: str | None
 ) -> None:
     settings = config(tmp_path)
-    started(settings, fail_after=30)
+    started(settings, fail_after=100 if name == "prefill" else 30)
     before = files(tmp_path)
     changed = replace(settings, **change)
     if name is None:
@@ -200,7 +203,7 @@ def test_a_shard_that_is_none(text: str) -> None:
         Shard.parse(text)
 
 
-def test_a_grader_of_programs_works_in_threads_and_its_failure_is_not_swallowed(
+def test_a_grader_that_waits_works_in_threads_and_its_failure_is_not_swallowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = [replace(make_task(name), grader="code") for name in ("alpha",)][0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from rlkv.attention import NAME
 from rlkv.errors import RLKVError
 from rlkv.mask import HeadMask
 from rlkv.requests import Completion, check_positions, checked_prompts, end_ids
-from rlkv.sampling import SamplingParams, choose, request_keys
+from rlkv.sampling import SamplingParams, choose
 from rlkv.schedule import Pace, Schedule
 from rlkv.slot_state import SlotState
 from rlkv_eval.methods.base import Context
@@ -96,9 +96,9 @@ class _Run:
         self._cache = EvictingCache(
             shape, generator.policy, self._ledger, cells=cells, dtype=weight.dtype, device=self._device
         )
-        requests = torch.arange(len(prompts), device=self._device)
-        self._keys = request_keys(params.seed, requests)
-        self._streams = request_keys(params.seed + EVICTION_STREAM * (1 + context.seed), requests)
+        self._keys = params.keys(len(prompts), self._device)
+        evicting = replace(params, seed=params.seed + EVICTION_STREAM * (1 + context.seed))
+        self._streams = evicting.keys(len(prompts), self._device)
         self._stop = self._tensor(list(params.stop_ids or end_ids(model)))
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
