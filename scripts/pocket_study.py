@@ -44,6 +44,7 @@ class StudyConfig:
     jobs_a_gpu: int = 1  # processes that share a GPU
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     targets: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    target_steps: int = 80  # of a run towards a target sparsity
     sparsities: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625])
     problems: int = 4096  # held-out problems, a quarter of each task
     random_masks: int = 8
@@ -68,38 +69,34 @@ def make_jobs(config: StudyConfig) -> list[Job]:
     out, on = config.output, f"device={config.device}"
     more = [on, "dtype=float32", "resume=true", *config.train]
 
-    def train(name: str, setting: str) -> Job:
-        arguments = ["train", "configs/pocket.yaml", setting, f"output={out}/{name}", *more]
-        return Job(name, arguments, f"{name}/card.json")
+    def train(name: str, settings: list[str]) -> Job:
+        arguments = ["train", "configs/pocket.yaml", *settings, f"output={out}/{name}", *more]
+        return Job(name, arguments, f"{name}/training.png")
 
+    sparsities = f"sparsities={','.join(map(str, config.sparsities))}"
     common = [f"data={DATA}", "model=pocket", "window=4+16", "max_new_tokens=512", "slots=1024"]
-    common += ["chunk=32768", on, "dtype=float32"]
-    everywhere = [f"n={config.problems}", f"sparsities={','.join(map(str, config.sparsities))}"]
+    common += ["chunk=32768", on, "dtype=float32", sparsities]
 
     def evaluate(name: str, settings: list[str], after: str = "") -> Job:
-        return Job(name, ["eval", *common, *settings, f"output={out}/{name}"], f"{name}/results.json", after)
+        arguments = ["eval", *common, *settings, f"output={out}/{name}"]
+        return Job(name, arguments, f"{name}/results.json", after)
 
-    ablation = ["methods=ablation", f"ablation_data={TRAIN}", "ablation_problems=192"]
-    random = ["methods=random", f"random_masks={config.random_masks}", f"n={config.random_problems}"]
-    phenomenon = ["n=1024", f"output={out}", on, "slots=1024"]
-    return [
-        *(train(f"seed-{seed}", f"seed={seed}") for seed in config.seeds),
-        *(train(f"target-{target:g}", f"target_sparsity={target}") for target in config.targets),
-        evaluate("eval-ablation", [*everywhere, *ablation]),
-        *(
-            evaluate(
-                f"eval-seed-{seed}",
-                [*everywhere, "methods=rlkv", f"gates={out}/seed-{seed}"],
-                after=f"seed-{seed}",
-            )
-            for seed in config.seeds
-        ),
-        *(
-            evaluate(f"eval-random-{sparsity:g}", [*random, f"sparsities={sparsity}"])
-            for sparsity in config.sparsities
-        ),
-        Job("phenomenon", phenomenon, "phenomenon.json", module="rlkv.pocket.check"),
+    everything = f"n={config.problems}"
+    ablation = [everything, "methods=ablation", f"ablation_data={TRAIN}", "ablation_problems=192"]
+    random = [f"n={config.random_problems}", "methods=random", f"random_masks={config.random_masks}"]
+    jobs = [train(f"seed-{seed}", [f"seed={seed}"]) for seed in config.seeds]
+    jobs += [
+        train(f"target-{target:g}", [f"target_sparsity={target}", f"steps={config.target_steps}"])
+        for target in config.targets
     ]
+    jobs.append(evaluate("eval-ablation", ablation))
+    for seed in config.seeds:
+        rlkv = [everything, "methods=rlkv", f"gates={out}/seed-{seed}"]
+        jobs.append(evaluate(f"eval-seed-{seed}", rlkv, after=f"seed-{seed}"))
+    jobs.append(evaluate("eval-random", random))
+    phenomenon = ["n=1024", f"output={out}", on, "slots=1024"]
+    jobs.append(Job("phenomenon", phenomenon, "phenomenon.json", module="rlkv.pocket.check"))
+    return jobs
 
 
 def run_all(jobs: list[Job], config: StudyConfig) -> dict[str, float]:

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 
-extras=dev,train
+extras=dev,train,eval
 select=(-m "not slow")
 arguments=()
 for argument in "$@"; do
@@ -31,7 +31,7 @@ say "ruff: lint"
 say "ruff: format"
 "$python" -m ruff format --check .
 say "mypy: types"
-"$python" -m mypy rlkv
+"$python" -m mypy rlkv eval/rlkv_eval
 say "pytest"
-"$python" -m pytest -x -q --durations=10 -n "${RLKV_TEST_WORKERS:-2}" "${select[@]}" "${arguments[@]}"
+"$python" -m pytest -x -q --durations=10 -n "${RLKV_TEST_WORKERS:-2}" --dist loadgroup "${select[@]}" "${arguments[@]}"
 say "all checks passed in $((SECONDS - started)) s"

@@ -32,7 +32,9 @@ use_venv() {
         "$python" -m pip install --quiet torch==2.13.0
     fi
     say "installing RLKV${extras:+ with $extras} into $venv"
-    "$python" -m pip install --quiet -e ".${extras:+[$extras]}"
+    local packages=(-e ".${extras:+[$extras]}")
+    case ",$extras," in *,eval,*) packages+=(-e eval) ;; esac # the extra holds what rlkv_eval needs
+    "$python" -m pip install --quiet "${packages[@]}"
 }
 
 has_nvidia() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; }
