@@ -15,7 +15,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlkv.commands import COMMANDS
@@ -24,13 +25,25 @@ from rlkv.errors import RLKVError
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Program:
+    """A command line: its name, and its commands, each a module of ``package`` (see rlkv/commands)."""
+
+    name: str
+    package: str
+    commands: Mapping[str, str]  # name -> summary
+
+
+RLKV = Program("rlkv", "rlkv.commands", COMMANDS)
+
+
+def main(arguments: Sequence[str] | None = None, program: Program = RLKV) -> int:
     """Run one command; returns its exit status."""
     # Threads that spin at barriers stall each other when others use the cores too; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return dispatch(words)
+        return dispatch(words, program)
     except RLKVError as error:
         complain(f"error: {error}", colour=31)
         return 2
@@ -42,19 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def dispatch(words: list[str]) -> int:
+def dispatch(words: list[str], program: Program) -> int:
     """Find the command among ``words`` and run it."""
     if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
+        print(overview(program))
         return 0
     name = "version" if words[0] in ("-V", "--version") else words[0]
-    if name not in COMMANDS:
+    if name not in program.commands:
         from rlkv.config import unknown_key
 
-        raise RLKVError(unknown_key(name, list(COMMANDS)).replace("setting", "command"))
-    command = importlib.import_module(f"rlkv.commands.{name}")
+        raise RLKVError(unknown_key(name, list(program.commands)).replace("setting", "command"))
+    command = importlib.import_module(f"{program.package}.{name.replace('-', '_')}")
     if any(word in ("-h", "--help") for word in words[1:]):
-        print(command_help(name, command))
+        print(command_help(program, name, command))
         return 0
     from rlkv.config import load
 
@@ -89,23 +102,23 @@ def read_words(words: list[str], positional: str) -> tuple[str | None, list[str]
     return path, overrides
 
 
-def overview() -> str:
+def overview(program: Program) -> str:
     """``rlkv --help``."""
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items()]
-    head = "usage: rlkv COMMAND [CONFIG.yaml] [key=value ...]\n\ncommands:"
-    return "\n".join([head, *lines, "", "rlkv COMMAND --help lists every setting of a command."])
+    width = max(map(len, program.commands)) + 2
+    lines = [f"  {name:<{width}}{summary}" for name, summary in program.commands.items()]
+    head = f"usage: {program.name} COMMAND [CONFIG.yaml] [key=value ...]\n\ncommands:"
+    return "\n".join([head, *lines, "", f"{program.name} COMMAND --help lists every setting of a command."])
 
 
-def command_help(name: str, command: Any) -> str:
+def command_help(program: Program, name: str, command: Any) -> str:
     """``rlkv NAME --help``: every setting with its type, default and meaning."""
     from rlkv.settings_help import settings
 
     subject = f" [{command.POSITIONAL.upper()}]" if command.POSITIONAL else ""
     lines = [
-        f"usage: rlkv {name} [CONFIG.yaml]{subject} [key=value ...]",
+        f"usage: {program.name} {name} [CONFIG.yaml]{subject} [key=value ...]",
         "",
-        f"rlkv {name}: {COMMANDS[name]}",
+        f"{program.name} {name}: {program.commands[name]}",
     ]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     rows = settings(command.Config)

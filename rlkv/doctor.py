@@ -41,6 +41,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "models and prompts from the hub": ("hub", "datasets"),
     "math rewards": ("math-verify",),
+    "benchmarks, baselines and the paper's tables": ("rlkv-eval", "datasets", "math-verify"),
     "pictures": ("matplotlib",),
     "training curves in TensorBoard": ("tensorboard",),
 }
@@ -211,6 +212,7 @@ CHECKS: list[Callable[[], Finding]] = [
     check_hub,
     check_disk,
     check_pocket,
+    package("rlkv-eval", "pip install -e eval, in the repository", module="rlkv_eval"),
     package("sglang", "pip install sglang, in an environment of its own", optional=True),
     package("areal", "pip install areal, in an environment of its own", optional=True),
     package("vllm", "pip install vllm, in an environment of its own", optional=True),

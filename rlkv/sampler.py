@@ -18,7 +18,7 @@ import torch
 from rlkv.attention import NAME
 from rlkv.errors import RLKVError
 from rlkv.requests import Completion, check_positions, checked_gates, checked_prompts, end_ids
-from rlkv.sampling import SamplingParams, choose, request_keys
+from rlkv.sampling import SamplingParams, choose
 from rlkv.schedule import Pace, Schedule
 from rlkv.slot_state import SlotState
 from rlkv.slots import Prefill, SlotCache, Span
@@ -137,7 +137,7 @@ class Sampler:
             prompts=checked_prompts(prompts, self.max_length),
             params=params,
             gates=checked_gates(gates, len(prompts), *self._heads, self._device),
-            keys=request_keys(params.seed, torch.arange(len(prompts), device=self._device)),
+            keys=params.keys(len(prompts), self._device),
             stop=self._stops.setdefault(ids, self._tensor(ids)),  # one tensor for good: graphs read it
             schedule=Schedule(len(prompts), self.slots, self.max_length, self._pace),
         )

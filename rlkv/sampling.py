@@ -17,7 +17,9 @@ from rlkv.errors import RLKVError
 class SamplingParams:
     """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token.
 
-    ``stop_ids`` empty means the end-of-sequence ids of the model's generation config.
+    ``stop_ids`` empty means the end-of-sequence ids of the model's generation config. ``streams``: for each
+    request the number of its random stream under ``seed`` (empty: its place in the list), so that a request
+    draws the same numbers whatever else is asked for.
     """
 
     max_new_tokens: int = 1024
@@ -26,6 +28,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    streams: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -37,11 +40,20 @@ class SamplingParams:
         if self.top_k < 0:
             raise RLKVError(f"sampling: top_k must be 0 (off) or more, got {self.top_k}")
 
+    def keys(self, requests: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """int64 [requests] keys of the requests' random streams; RLKVError for another number of streams."""
+        if self.streams and len(self.streams) != requests:
+            raise RLKVError(f"sampling: {len(self.streams)} random streams for {requests} requests")
+        numbers = torch.tensor(self.streams or range(requests), dtype=torch.int64, device=device)
+        return request_keys(self.seed, numbers)
+
 
 def _signed(value: int) -> int:
     """The same 64 bits as a signed integer, which is what torch.int64 holds."""
     return value - 2**64 if value >= 2**63 else value
 
+
+CHUNK = 128  # tokens; vocabularies of its square and less are searched at once
 
 _STEP = _signed(0x9E3779B97F4A7C15)  # splitmix64 (Steele, Lea and Flood 2014)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
@@ -95,6 +107,8 @@ def _draw(logprobs: torch.Tensor, params: SamplingParams, draws: torch.Tensor) -
     vocabulary = logprobs.shape[-1]
     top_k = params.top_k if 0 < params.top_k < vocabulary else vocabulary
     if top_k == vocabulary and params.top_p == 1:
+        if vocabulary > CHUNK * CHUNK:
+            return _draw_in_two_levels(logprobs.exp(), draws)
         total = logprobs.exp().cumsum(-1, dtype=torch.float64)
         return _invert(total, total[:, -1:], draws)
     ranked, order = logprobs.topk(top_k, dim=-1) if top_k < vocabulary else logprobs.sort(-1, descending=True)
@@ -103,6 +117,23 @@ def _draw(logprobs: torch.Tensor, params: SamplingParams, draws: torch.Tensor) -
     kept = 1 + (total[:, :-1] < params.top_p).sum(-1, keepdim=True)
     rank = _invert(total, total.gather(-1, kept - 1), draws)
     return order.gather(-1, torch.minimum(rank[:, None], kept - 1))[:, 0]
+
+
+def _draw_in_two_levels(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """The same for large vocabularies: first a chunk of them, then a token of it.
+
+    A running sum over a whole row occupies one multiprocessor of a GPU; sums of chunks occupy all.
+    """
+    chunks = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % CHUNK)) if mass.shape[-1] % CHUNK else mass
+    chunks = chunks.view(len(mass), -1, CHUNK)
+    sums = chunks.sum(-1, dtype=torch.float64)
+    total = sums.cumsum(-1)
+    chunk = _invert(total, total[:, -1:], draws)[:, None]
+    within = chunks.gather(1, chunk[..., None].expand(-1, -1, CHUNK))[:, 0].cumsum(-1, dtype=torch.float64)
+    left = draws[:, None] * total[:, -1:] - (total.gather(-1, chunk) - sums.gather(-1, chunk))
+    # rounding must not carry the draw past the chunk's last token of any mass
+    left = torch.minimum(left, within[:, -1:] * (1 - 2.0**-50))
+    return chunk[:, 0] * CHUNK + (within <= left).sum(-1)
 
 
 def _invert(total: torch.Tensor, mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

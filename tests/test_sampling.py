@@ -113,6 +113,16 @@ def test_streams_are_splitmix64_and_differ_by_seed_request_and_count() -> None:
     assert correlation.abs().max() < 0.7  # 20k pairs of 50 draws: 0.7 is over 4.9 deviations of 1/7
 
 
+def test_a_request_keeps_its_stream_whatever_else_is_asked_for() -> None:
+    numbers = (7, 2**61 + 3, 0)
+    keys = SamplingParams(seed=5, streams=numbers).keys(3)
+    assert keys.equal(request_keys(5, torch.tensor(numbers)))
+    assert SamplingParams(seed=5, streams=numbers[1:2]).keys(1).equal(keys[1:2])
+    assert SamplingParams(seed=5).keys(3).equal(request_keys(5, torch.arange(3)))
+    with pytest.raises(RLKVError, match="3 random streams for 2 requests"):
+        SamplingParams(streams=numbers).keys(2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

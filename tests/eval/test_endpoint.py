@@ -62,11 +62,10 @@ class Handler(BaseHTTPRequestHandler):
             server.busy += 1
             server.most = max(server.most, server.busy)
             count = server.asked[prompt]
-        try:
-            self.send(*server.reply(body, count))
-        finally:
-            with server.lock:
-                server.busy -= 1
+        reply = server.reply(body, count)
+        with server.lock:  # before the client has its reply, and may ask again
+            server.busy -= 1
+        self.send(*reply)
 
     def send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         if status == 0:  # hang up without a word

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from eval_kit import Instant, config, make_items, make_task, tasks  # noqa: F401 (a fixture)
 
 from rlkv.errors import RLKVError
+from rlkv.gates import HeadGates
 from rlkv.window import Window
 from rlkv_eval import plan as plan_module
 from rlkv_eval.config import RunConfig, Shard
@@ -182,6 +184,8 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
     refused("did you mean 'random.draw'", options={"random": {"drew": 1}})
     refused("no window is known", model="elsewhere")
     refused("one cache", endpoint="http://localhost:1")
+    HeadGates(torch.ones(2, 2)).save(tmp_path / "gates")
+    refused("wrong shape", methods=["rlkv"], gates=str(tmp_path / "gates"))
     monkeypatch.setattr(
         plan_module, "get_task", lambda name: replace(make_task(name), load=lambda folder: [])
     )
