@@ -46,6 +46,7 @@ setup(
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",
+            "triton>=3.9; platform_system == 'Linux'",  # its interpreter runs the kernels on a CPU
         ],
     },
 )

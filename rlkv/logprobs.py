@@ -8,6 +8,7 @@ import torch
 
 from rlkv.errors import RLKVError
 
+ROUND = 256  # rows of a batch on CUDA are padded to a multiple of so many tokens
 LOGIT_BYTES = 512 * 2**20  # of float32 logits at a time
 
 
@@ -78,6 +79,8 @@ def response_logprobs(
     the model (``rlkv=Mixed(...)``).
     """
     width = max(len(prompt) + len(response) for prompt, response in rows)
+    if model.device.type == "cuda":  # few shapes: cuDNN plans each one for a tenth of a second
+        width = -(-width // ROUND) * ROUND
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     where: list[int] = []
     at: list[int] = []

@@ -11,15 +11,17 @@ import torch
 
 from rlkv.data import Encoded
 from rlkv.learner import Sample, task_rewards
+from rlkv.paged import PagedSampler
 from rlkv.rewards import Reward, Verdict, grade
 from rlkv.sampler import Completion, Sampler, SamplingParams
+from rlkv.settings import TrainConfig
 
 
 @dataclass
 class Actor:
     """Answers the prompts of one set and grades the answers."""
 
-    sampler: Sampler
+    sampler: Sampler | PagedSampler
     tokenizer: Any
     prompts: Encoded
     reward: Reward
@@ -50,6 +52,14 @@ class Actor:
         """Grade one completion of prompt number ``index``."""
         text = answer_text(self.tokenizer, completion, self.prompts.thinking[index])
         return grade(self.reward, text, self.prompts.problems[index], completion.finish)
+
+
+def make_sampler(model: Any, config: TrainConfig, max_length: int) -> Sampler | PagedSampler:
+    """The sampler that ``config`` asks for, with room for ``max_length`` tokens a request."""
+    common: dict[str, Any] = {"slots": config.slots, "max_length": max_length, "prefill": config.prefill}
+    if config.kv_gib:
+        return PagedSampler(model, config.window, kv_bytes=int(config.kv_gib * 2**30), **common)
+    return Sampler(model, config.window, **common)
 
 
 def answer_text(tokenizer: Any, completion: Completion, thinking: bool) -> str:

@@ -44,6 +44,7 @@ class TrainConfig:
     prompts_per_step: int = 32  # prompts a batch
     samples_per_prompt: int = 4  # answers sampled for each prompt
     slots: int = 32  # answers being written at the same time
+    kv_gib: float = 0.0  # GiB of pages for their keys and values (0: no pages, each has room for the longest)
 
     # Objective
     estimator: Literal["soft", "masks"] = (
@@ -154,6 +155,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "data_limit",
+    "kv_gib",
     "top_k",
     "penalty",
     "epochs",

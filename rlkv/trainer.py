@@ -28,9 +28,9 @@ from rlkv.metrics import Metrics, Progress
 from rlkv.penalty import Penalty, gate_sparsity
 from rlkv.remarks import remarks
 from rlkv.rewards import get_reward
-from rlkv.rollout import Actor, summary
+from rlkv.rollout import Actor, make_sampler, summary
 from rlkv.run_folder import checkpoints, last_state, write_gates
-from rlkv.sampler import Sampler, SamplingParams
+from rlkv.sampler import SamplingParams
 from rlkv.settings import TrainConfig
 from rlkv.support import check_model
 from rlkv.validation import Best, Validator
@@ -79,13 +79,7 @@ class Trainer:
             )
         if config.gradient_checkpointing:
             recompute_activations(model)
-        sampler = Sampler(
-            model,
-            config.window,
-            slots=config.slots,
-            max_length=longest,
-            prefill=config.prefill,
-        )
+        sampler = make_sampler(model, config, longest)
         self.actor = Actor(sampler, tokenizer, prompts, reward)
         self.validator: Validator | None = None
         if config.validation_data and config.validate_every:

@@ -288,7 +288,7 @@ def test_refusals():
         logits(model, ids, Mixed(torch.ones(4, 3, 3), WINDOW))
     with pytest.raises(RLKVError, match=r"\[layers, kv_heads\]"):
         Mixed(torch.ones(3), WINDOW)
-    with pytest.raises(RLKVError, match="one of auto, reference, chunked; got 'fast'"):
+    with pytest.raises(RLKVError, match="one of auto, reference, chunked, kernel; got 'fast'"):
         Mixed(torch.ones(3, 3), WINDOW, path="fast")
     with pytest.raises(RLKVError, match="2D attention_mask"):
         logits(model, ids, attention_mask=torch.zeros(2, 1, 12, 12))

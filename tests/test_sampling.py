@@ -123,6 +123,22 @@ def test_a_request_keeps_its_stream_whatever_else_is_asked_for() -> None:
         SamplingParams(streams=numbers).keys(2)
 
 
+def test_large_vocabularies_are_searched_in_two_levels_with_the_same_result() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for vocabulary in (128 * 128 + 1, 20_000, 128 * 200):
+        logits = 3 * torch.randn(300, vocabulary, generator=generator)
+        logits[:, torch.rand(vocabulary, generator=generator) < 0.5] = -torch.inf
+        logits[0], logits[0, vocabulary - 1] = -torch.inf, 0.0  # all mass on the last token, or on the first
+        logits[1], logits[1, 0] = -torch.inf, 0.0
+        keys, counts = request_keys(3, torch.arange(300)), torch.arange(300)
+        token, logprob = choose(logits, SamplingParams(), keys, counts)
+        total = logits.log_softmax(-1).exp().double().cumsum(-1).numpy()
+        draw = uniform(keys, counts).numpy() * total[:, -1]
+        expected = [int(numpy.searchsorted(row, x, side="right")) for row, x in zip(total, draw, strict=True)]
+        assert token.tolist() == expected
+        assert token[0] == vocabulary - 1 and token[1] == 0 and logprob.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

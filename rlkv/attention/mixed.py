@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rlkv.attention import fused
 from rlkv.attention.chunked import causal_attention, mixed_chunked, over_sequences
 from rlkv.attention.layout import Layout, Sequences
 from rlkv.attention.reference import expand_kv, mixed_attention
 from rlkv.errors import RLKVError
 from rlkv.window import Window
 
-PATHS = ("auto", "reference", "chunked")
+PATHS = ("auto", "reference", "chunked", "kernel")
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Mixed:
 
     ``path``: "reference" builds length x length scores and equals eager attention bit for bit when every gate
     is 1; "chunked" builds nothing quadratic, and needs causal sequences (padded or packed at will);
-    "auto" is "chunked" wherever it applies. ``cu_seqlens``: where the sequences of a packed batch [1, T]
+    "kernel" is the same by :mod:`rlkv.kernels` on a GPU (half precision, no padding on the left);
+    "auto" is the fastest that applies. ``cu_seqlens``: where the sequences of a packed batch [1, T]
     start and, last, T; not needed when position_ids that restart at 0 are passed and attention_mask is not.
     """
 
@@ -54,6 +56,12 @@ class Mixed:
         edges = [int(edge) for edge in self.cu_seqlens]
         return [(0, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
+    @cached_property
+    def _closed(self) -> list[tuple[int, ...]]:
+        """For each layer the heads whose gates are all exactly 0: one look at the device a forward."""
+        zero = (self.gates == 0).reshape(-1, *self.gates.shape[-2:]).all(0)
+        return [tuple(layer.nonzero()[:, 0].tolist()) for layer in zero.cpu()]
+
     def layer(self, index: int) -> torch.Tensor:
         """Gates of one layer: [kv_heads] or [batch, kv_heads]."""
         return self.gates[..., index, :]
@@ -72,9 +80,9 @@ class Mixed:
         gates, states = self.layer(module.layer_idx), (query, key, value)
         sequences = self._packed
         if self.path == "reference" or (sequences is None and not layout.is_regular):
-            if self.path == "chunked":
+            if self.path in ("chunked", "kernel"):
                 raise RLKVError(
-                    "the chunked path needs unbroken causal sequences and no cache; use path='auto'"
+                    f"the {self.path} path needs unbroken causal sequences and no cache; use path='auto'"
                 )
             if sequences is None:
                 full, local = layout.full, layout.local(self.window)
@@ -84,6 +92,16 @@ class Mixed:
         sequences = layout.sequences if sequences is None else sequences
         if self.all_full:
             return over_sequences(partial(causal_attention, scaling=scaling), states, None, sequences)
+        wanted = self.path == "kernel" or (self.path == "auto" and query.is_cuda)
+        lengths = fused.lengths_of(query, key, sequences) if wanted else None
+        if lengths is not None:
+            closed = self._closed[module.layer_idx]
+            return fused.attend(states, gates, lengths, self.window, scaling, closed)
+        if self.path == "kernel":
+            raise RLKVError(
+                "the mixed kernel needs 16-bit states on CUDA, a head dim with tiles, and rows without left "
+                "padding; use path='auto'"
+            )
         kernel = partial(mixed_chunked, window=self.window, scaling=scaling)
         return over_sequences(kernel, states, gates, sequences)
 

@@ -1,0 +1,150 @@
+"""One new token a request through the model's own weights, in a dozen launches a layer.
+
+transformers' forward launches about fifty small kernels a layer, which cost as much as half the reading of
+the weights does. This one knows the Llama family's layer; other models go through their own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rlkv.kernels import available, interpreted
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # layer, query, key, value
+
+
+class FamilyForward:
+    """Final hidden states of a model of the Llama family, token by token."""
+
+    def __init__(self, model: Any, join: bool = False) -> None:
+        self._inner = model.base_model
+        self._layers = list(self._inner.layers)
+        self._fused = use_kernels(next(model.parameters()).device)
+        config = model.config
+        self._kv_heads = config.num_key_value_heads
+        self._dim = self._layers[0].self_attn.head_dim
+        if join:
+            for layer in self._layers:
+                attention, mlp = layer.self_attn, layer.mlp
+                join_weights([attention.q_proj, attention.k_proj, attention.v_proj])
+                join_weights([mlp.gate_proj, mlp.up_proj])
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the weights occupied before
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether the model's layers are those that this forward knows."""
+        config = model.config
+        return config.model_type in FAMILY and config.hidden_act == "silu"
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """tokens, positions int64 [n] -> [n, width] after the final norm.
+
+        ``attend(layer, query [n, Hq, D], key [n, Hkv, D], value)`` stores the new key and value and returns
+        [n, Hq, D].
+        """
+        hidden = self._inner.embed_tokens(tokens)
+        cos, sin = (part[:, 0] for part in self._inner.rotary_emb(hidden[:, None], positions[:, None]))
+        cos, sin = cos.contiguous(), sin.contiguous()
+        add_norm = self._add_norm
+        normed, residual = add_norm(hidden, None, self._layers[0].input_layernorm)
+        for index, layer in enumerate(self._layers):
+            attention = layer.self_attn
+            query, key, value = self._heads(attention, normed)
+            query, key = self._rotate(attention, query, key, cos, sin)
+            output = attend(index, query, key, value)
+            hidden = attention.o_proj(output.flatten(1))
+            normed, residual = add_norm(hidden, residual, layer.post_attention_layernorm)
+            hidden = layer.mlp.down_proj(self._gated(layer.mlp, normed))
+            last = index + 1 == len(self._layers)
+            norm = self._inner.norm if last else self._layers[index + 1].input_layernorm
+            normed, residual = add_norm(hidden, residual, norm)
+        return normed
+
+    def _heads(self, attention: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = products(x, [attention.q_proj, attention.k_proj, attention.v_proj])
+        return tuple(part.unflatten(-1, (-1, self._dim)) for part in found)
+
+    def _gated(self, mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = products(x, [mlp.gate_proj, mlp.up_proj])
+        if self._fused:
+            from rlkv.kernels.elementwise import silu_times
+
+            return silu_times(gate, up)
+        return F.silu(gate) * up
+
+    def _add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._fused:
+            from rlkv.kernels.elementwise import add_norm
+
+            return add_norm(x, residual, norm.weight, norm.variance_epsilon)
+        total = x if residual is None else x + residual
+        return norm(total), total
+
+    def _rotate(
+        self, attention: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        norms = None
+        if hasattr(attention, "q_norm"):
+            norms = (attention.q_norm, attention.k_norm)
+        if self._fused:
+            from rlkv.kernels.elementwise import rotary
+
+            weights = None if norms is None else (norms[0].weight, norms[1].weight)
+            eps = 0.0 if norms is None else norms[0].variance_epsilon
+            return rotary(query, key, cos, sin, weights, eps)
+        if norms is not None:
+            query, key = norms[0](query), norms[1](key)
+        half = self._dim // 2
+
+        def turn(x: torch.Tensor) -> torch.Tensor:
+            swapped = torch.cat([-x[..., half:], x[..., :half]], -1)
+            return x * cos[:, None] + swapped * sin[:, None]
+
+        return turn(query), turn(key)
+
+
+def use_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels run on this device: CUDA, or a CPU in Triton's interpreter."""
+    return available() and (device.type == "cuda" or interpreted())
+
+
+def products(x: torch.Tensor, linears: list[Any]) -> tuple[torch.Tensor, ...]:
+    """``linear(x)`` of each; one matrix product when their weights were joined."""
+    whole = _whole(linears)
+    if whole is None:
+        return tuple(linear(x) for linear in linears)
+    found = F.linear(x, whole)
+    parts = found.split([linear.out_features for linear in linears], -1)
+    if linears[0].bias is None:
+        return parts
+    return tuple(part + linear.bias for part, linear in zip(parts, linears, strict=True))
+
+
+def join_weights(linears: list[Any]) -> None:
+    """Lay the weights of ``linears`` out one after the other; each stays a parameter, a view of the whole."""
+    if _whole(linears) is not None:
+        return
+    whole = torch.cat([linear.weight.data for linear in linears])
+    for linear, part in zip(linears, whole.split([linear.out_features for linear in linears]), strict=True):
+        linear.weight.data = part
+
+
+def _whole(linears: list[Any]) -> torch.Tensor | None:
+    """The joined weights as one tensor, if they lie one after the other in one block of memory."""
+    first = linears[0].weight
+    rows, place = 0, first.data_ptr()
+    for linear in linears:
+        weight = linear.weight
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or weight.data_ptr() != place + rows * weight.shape[1] * weight.element_size():
+            return None
+        rows += weight.shape[0]
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
