@@ -116,11 +116,15 @@ class MaskedLM(HFLM):
         arguments: dict[str, Any] = dict(
             normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
         )
-        limit = min(int(arguments["max_gen_toks"]), self.max_length - 1)
-        prompts = [
-            self.tok_encode(requests[index].args[0], left_truncate_len=self.max_length - limit)
-            for index in members
-        ]
+        limit = int(arguments["max_gen_toks"])
+        # A prompt may take what the longest answer leaves, and half the context at least: answers give way.
+        room = max(self.max_length - limit, self.max_length // 2)
+        prompts = [self.tok_encode(requests[index].args[0]) for index in members]
+        if cut := sum(len(prompt) > room for prompt in prompts):
+            print(
+                f"rlkv: {cut} of {len(prompts)} prompts are CUT to their last {room} tokens", file=sys.stderr
+            )
+        prompts = [prompt[-room:] for prompt in prompts]
         params = SamplingParams(
             max_new_tokens=limit,
             temperature=float(arguments.get("temperature", 1.0)) if arguments.get("do_sample") else 0.0,
@@ -137,7 +141,8 @@ class MaskedLM(HFLM):
             self.cache_hook.add_partial("generate_until", request.args, text)
             bar.update()
 
-        self._room(max(map(len, prompts)) + limit).generate(prompts, params, self.gates, on_finish=finish)
+        longest = min(max(map(len, prompts)) + limit, self.max_length)
+        self._room(longest).generate(prompts, params, self.gates, on_finish=finish)
 
     def _text(self, tokens: list[int], until: list[str]) -> str:
         """What is left of an answer after the end of thinking and before the first stop string."""

@@ -18,6 +18,7 @@ from rlkv.support import check_model
 from rlkv_eval.backend import Answer
 from rlkv_eval.jobs import Job, Request
 from rlkv_eval.methods.base import Context, Generator
+from rlkv_eval.methods.eviction.plan import rounded_sparsity
 from rlkv_eval.plan import Plan
 
 
@@ -74,7 +75,7 @@ class Local:
             seed=config.seed,
             gates=plan.gates,
             calibration=plan.calibration,
-            work=plan.root / "work",
+            work=plan.work,
             shared=self.shared,
         )
         context.work.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ class Local:
             seed=plan.sampling_seed(job),
         )
         mask = generator.mask
-        sparsity = job.sparsity if mask is None else mask.sparsity
+        sparsity = rounded_sparsity(job.sparsity, self.shape) if mask is None else mask.sparsity
         per_token = self.shape.layers * self.shape.kv_heads * self.shape.bytes_per_token
         return LocalSession(generator, params, self.tokenizer, tokens, per_token, mask, sparsity)
 

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rlkv.config import load as load_config
 from rlkv.errors import RLKVError
 from rlkv.files import write_atomically
-from rlkv_eval.plan import first_difference
+from rlkv_eval.config import RunConfig
+from rlkv_eval.plan import first_difference, planned_folders
 from rlkv_eval.results import MASK, ROWS, RUN, Results, Row, load_results, load_run, write_info, write_rows
 
 OWN = ("shard", "answers", "versions")  # what shards may differ in
@@ -24,6 +26,10 @@ def merge(output: str | Path) -> Results:
     names = sorted({path.parent.relative_to(shard) for shard in shards for path in shard.glob(f"*/*/{RUN}")})
     if not names:
         raise RLKVError(f"{output}: its shards hold no runs yet")
+    for shard in shards:
+        lacking = planned_folders(load_config(RunConfig, shard / "config.yaml")) - set(names)
+        if lacking:
+            raise RLKVError(f"{shard} has not begun {min(lacking)}: finish that shard first")
     joined = {name: join([shard / name for shard in shards]) for name in names}
     for name, (info, rows) in joined.items():
         folder = output / name

@@ -44,6 +44,11 @@ class Plan:
         output, shard = Path(self.config.output), self.config.shard
         return output / shard.folder if shard else output
 
+    @property
+    def work(self) -> Path:
+        """Where head scores are kept; all shards share it, so that they are computed once."""
+        return Path(self.config.output) / "work"
+
     def unfinished(self) -> list[Job]:
         """Jobs that lack answers. RLKVError if a folder holds a run with other settings."""
         return [job for job in self.jobs if not self.finished(job)]
@@ -119,6 +124,7 @@ def make_plan(config: RunConfig) -> Plan:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RLKVError(f"two of the tasks are called {twice}: name each once, and give files other names")
+    check_server(config, tasks)
     preflight(task.grader for task in tasks)
     variants = method_variants(config)
     gates = HeadGates.load(config.gates) if config.gates else None
@@ -135,6 +141,24 @@ def make_plan(config: RunConfig) -> Plan:
     plan = Plan(config, jobs, gates, model, window, calibration_items(config, model, tasks))
     plan.unfinished()  # for its checks: another configuration's folder is refused before the model is loaded
     return plan
+
+
+def planned_folders(config: RunConfig) -> set[Path]:
+    """The folder of every run of a configuration, below its output."""
+    tasks, variants = map(get_task, dict.fromkeys(config.tasks)), method_variants(config)
+    return {Job(task, (), *variant).folder for task in tasks for variant in variants}
+
+
+def check_server(config: RunConfig, tasks: list[Task]) -> None:
+    """RLKVError for a task whose limit cannot be kept by a server that applies the template itself."""
+    if not config.endpoint or config.endpoint_api != "chat" or config.max_new_tokens:
+        return
+    for task in tasks:
+        if task.max_length:
+            raise RLKVError(
+                f"task {task.name} limits prompt and answer together ({task.max_length} tokens), and only a "
+                "chat server counts the prompt: give endpoint_api=completions with model=, or max_new_tokens="
+            )
 
 
 def method_variants(config: RunConfig) -> list[tuple[str, dict[str, Any], float, int | None, bool]]:

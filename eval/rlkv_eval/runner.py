@@ -22,7 +22,7 @@ from rlkv.errors import RLKVError
 from rlkv.mask import HeadMask
 from rlkv_eval.backend import Answer, Backend, Session
 from rlkv_eval.config import RunConfig
-from rlkv_eval.graders.base import grade
+from rlkv_eval.graders.base import grade, grader_versions
 from rlkv_eval.jobs import Job, Request
 from rlkv_eval.plan import Plan, make_plan
 from rlkv_eval.progress import Progress
@@ -181,7 +181,7 @@ def describe(
 ) -> dict[str, Any]:
     """run.json. Nothing in it depends on how often the run was interrupted."""
     folder, config = plan.root / job.folder, plan.config
-    made = versions(backend)
+    made = versions(backend, job.task.grader)
     old = read_info(folder)["versions"] if (folder / RUN).is_file() else []
     return {
         "task": job.task.name,
@@ -194,7 +194,8 @@ def describe(
         "model": backend.model,
         **backend.facts,
         "window": str(plan.window),
-        "prefill": config.prefill,
+        # token-dropping methods have no mask, and need the whole prompt's attention before they can drop
+        "prefill": config.prefill if session.mask or config.endpoint else "full",
         "answers": answers,
         "shard": str(config.shard) if config.shard else None,
         "skipped": skipped,
@@ -204,16 +205,16 @@ def describe(
     }
 
 
-def versions(backend: Backend) -> dict[str, str]:
-    """What wrote the rows."""
+def versions(backend: Backend, grader: str) -> dict[str, str]:
+    """What wrote and graded the rows."""
     found = {
         "rlkv": rlkv.__version__,
         "rlkv_eval": rlkv_eval.__version__,
         "python": platform.python_version(),
     }
-    for name in ("torch", "transformers", "math-verify", "latex2sympy2-extended", "sympy"):
+    for name in ("torch", "transformers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found | {"machine": backend.machine}
+    return found | grader_versions(grader) | {"machine": backend.machine}

@@ -115,9 +115,10 @@ def percent(estimate: Estimate, sign: str = "") -> str:
 def floor_sentence(floor: NoiseFloor) -> str:
     """The noise floor in words."""
     share = floor.flips / floor.problems
+    within = f"; 95 % of such pairs stay within {100 * floor.points:.1f}" if floor.flips else ""
     return (
         f"noise floor: two full-cache runs differ in {floor.flips} of {floor.problems} problems, "
-        f"{percent(floor.difference, '+')} points; 95 % of such pairs stay within {100 * floor.points:.1f}. "
+        f"{percent(floor.difference, '+')} points{within}. "
         f"With so many flips, a method that loses nothing needs {problems_needed(share)} problems to be "
         f"shown near-lossless at a margin of {100 * MARGIN:g} points (power 80 %)"
     )

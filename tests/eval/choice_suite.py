@@ -21,6 +21,7 @@ CASES = [
     ("hm</think>\\boxed{C) Joy and peace}", "C", "a box with the option's text"),
     ("hm</think>Answer: (C)", "C", "in brackets"),
     ("hm</think>Answer: [C]", "C", "in square brackets"),
+    ("hm</think>Answer: <C>", "C", "in angle brackets"),
     ("hm</think>Answer: C) Joy and peace", "C", "with the option's text"),
     ("hm</think>Answer: C. Joy and peace", "C", "with a full stop and the text"),
     ("hm</think>ANSWER: C", "C", "capitals"),

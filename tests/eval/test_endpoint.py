@@ -7,20 +7,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_kit import config, tasks  # noqa: F401 (a fixture)
+from eval_kit import config, make_task, tasks  # noqa: F401 (a fixture)
 
 from rlkv.errors import RLKVError
+from rlkv_eval import plan
 from rlkv_eval.config import RunConfig
 from rlkv_eval.endpoint import Client, choice_text, read_choice
 from rlkv_eval.results import load_results
 from rlkv_eval.runner import run
 
 pytestmark = pytest.mark.usefixtures("tasks")
+
+
+USAGE = {"usage": {"prompt_tokens": 7, "completion_tokens": 11}}
 
 
 class Server(ThreadingHTTPServer):
@@ -240,6 +245,18 @@ def test_completions_get_tokens_of_the_models_own_template(tmp_path: Path, serve
     assert sorted(prompts) == sorted(expected)
     assert results.runs[0].accuracy == 4 / 12 and server.paths.keys() == {"/v1/completions"}
     assert all(body["skip_special_tokens"] is False for body in server.bodies)
+
+
+def test_a_limit_on_prompt_and_answer_is_kept(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = replace(make_task("alpha"), max_length=60)
+    monkeypatch.setattr(plan, "get_task", lambda name: long)
+    server = serve(lambda body, count: (200, {"choices": [{"text": "1", "finish_reason": "stop"}], **USAGE}))
+    run(at(server, tmp_path / "a", endpoint_api="completions", model="pocket"))
+    assert {len(body["prompt"]) + body["max_tokens"] for body in server.bodies} == {60}
+    with pytest.raises(RLKVError, match="limits prompt and answer together .60 tokens"):
+        run(at(server, tmp_path / "b"))
 
 
 def test_the_key_comes_from_the_environment(

@@ -17,6 +17,7 @@ from rlkv.gates import HeadGates
 from rlkv.window import Window
 from rlkv_eval import plan as plan_module
 from rlkv_eval.config import RunConfig, Shard
+from rlkv_eval.graders.base import grader_versions
 from rlkv_eval.jobs import stream
 from rlkv_eval.merge import merge
 from rlkv_eval.plan import make_plan
@@ -81,6 +82,13 @@ def test_merged_shards_equal_one_run(tmp_path: Path, count: int) -> None:
     parts = [load_results(out / f"shard-{index}-of-{count}") for index in range(count)]
     sizes = [len(part.runs[0].rows) for part in parts]
     assert sum(sizes) == 36 and max(sizes) - min(sizes) <= 3  # 12 problems of 3 samples, dealt out evenly
+
+
+def test_runs_that_no_shard_has_begun_are_missed(tmp_path: Path) -> None:
+    for index in range(2):
+        started(config(tmp_path, shard=Shard(index, 2)), fail_after=4 * 18)  # all of alpha, nothing of beta
+    with pytest.raises(RLKVError, match="shard-0-of-2 has not begun beta/full"):
+        merge(tmp_path)
 
 
 def test_unfinished_or_foreign_shards_are_not_merged(tmp_path: Path) -> None:
@@ -162,6 +170,8 @@ def test_every_folder_says_what_made_it(tmp_path: Path) -> None:
     info = json.loads((tmp_path / "alpha/random-s0.5-seed1/run.json").read_text())
     assert info["settings"]["draw"] == 1 and info["seed"] == 1 and info["answers"] == 36
     assert {"rlkv", "torch", "transformers", "python", "machine"} <= info["versions"][0].keys()
+    assert "sympy" not in info["versions"][0]  # which the grader of these tasks does not ask
+    assert {"math-verify", "sympy", "antlr4-python3-runtime"} <= grader_versions("math").keys()
     assert info["seeds"]["sampling"] == 0 and info["window"] == "4+16"
     saved = RunConfig(**{"tasks": ["alpha"], "model": "pocket"})
     assert saved.check() is None

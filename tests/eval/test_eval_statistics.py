@@ -97,6 +97,22 @@ def test_equal_runs_are_not_certain_to_be_equal() -> None:
     assert (found.lost, found.gained, found.p_value) == (0, 0, 1.0)
 
 
+def test_a_difference_in_hardly_any_problem_proves_no_more_than_none() -> None:
+    full, better = np.ones((30, 4)), np.ones((30, 4))
+    full[0, 0] = 0  # one sample gained, and the bootstrap's interval is [0, 2.5] points
+    gained = against(make_run(full), make_run(better, "rlkv", 0.5))
+    assert gained.difference.value == pytest.approx(1 / 120) and gained.verdict == "undecided"
+    masks = [make_run(np.ones(30), "random", 0.5, seed) for seed in (0, 1)]
+    assert against(make_run(np.ones(30)), masks).verdict == "undecided"
+    # 30 problems cannot show that a method breaks on less than one in fifty; as many as the rule asks for can
+    enough = problems_needed(0.0)
+    first = np.ones((enough, 4))
+    first[0, 0] = 0
+    assert against(make_run(first), make_run(np.ones((enough, 4)), "rlkv", 0.5)).verdict == "near-lossless"
+    masks = [make_run(np.ones(enough), "random", 0.5, seed) for seed in (0, 1)]
+    assert against(make_run(np.ones(enough)), masks).verdict == "near-lossless"
+
+
 def test_drawn_masks_are_compared_as_draws() -> None:
     rng = np.random.default_rng(2)
     full = make_run(np.ones(100))

@@ -77,6 +77,17 @@ def test_generates_what_the_sampler_generates(masked: MaskedLM) -> None:
     assert expected[0] != full[0]  # or the mask was never there
 
 
+def test_an_answer_gives_way_to_its_prompt(masked: MaskedLM, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit beyond the context (the default is 8192) must not eat the prompt."""
+    text = prompts(masked, 1)[0]
+    (answer,) = masked.generate_until([request(text, {"until": [], "max_gen_toks": 8192})], disable_tqdm=True)
+    (start,) = masked.generate_until([request(text, {"until": [], "max_gen_toks": 20})], disable_tqdm=True)
+    assert answer.startswith(start) and "CUT" not in capsys.readouterr().err
+    assert len(masked.tok_encode(answer)) <= LENGTH - len(masked.tok_encode(text))
+    masked.generate_until([request(text * 20, {"until": [], "max_gen_toks": 8192})], disable_tqdm=True)
+    assert f"1 of 1 prompts are CUT to their last {LENGTH // 2} tokens" in capsys.readouterr().err
+
+
 def test_stop_strings_and_thinking(masked: MaskedLM) -> None:
     text = prompts(masked, 1)[0]
     whole = masked.generate_until([request(text, {"until": []})], disable_tqdm=True)[0]

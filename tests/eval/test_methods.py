@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from rlkv.sampler import SamplingParams
 from rlkv.support import ModelShape
 from rlkv.window import Window
 from rlkv_eval.methods import METHODS, Context, Generator, Method, ablation, get_method, token_budget
+from rlkv_eval.methods.scores import cached_scores
 
 HEADS = ("full", "rlkv", "random", "duo", "kvzip", "ablation")
 SHARED = Path(os.environ.get("RLKV_SHARED_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -261,3 +265,35 @@ def test_scores_are_kept_until_what_they_depend_on_changes(
     assert count(context, chunk=50) == 3
     assert count(replace(context, model=tiny_context(tmp_path, seed=1).model)) == 4
     assert count(context) == 4
+
+
+def test_of_several_shards_one_computes_scores_and_the_others_wait(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context, method = tiny_context(tmp_path), get_method("kvzip")
+    began, inside, calls = Event(), [], []
+
+    def compute(folder: Path) -> HeadGates:
+        calls.append(folder)
+        inside.append(1)
+        began.set()
+        time.sleep(0.3)
+        assert len(inside) == 1, "two at a time"
+        inside.pop()
+        if len(calls) == 1:
+            raise RLKVError("killed")  # the next one in line computes then
+        return HeadGates(torch.rand(3, 3), model=context.shape)
+
+    def shard(number: int) -> torch.Tensor:
+        if number:
+            began.wait()
+        return cached_scores(context, method, compute).values
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = [pool.submit(shard, number) for number in range(3)]
+        with pytest.raises(RLKVError, match="killed"):
+            first.result()
+        scores = [each.result() for each in others]
+    assert len(calls) == 2 and calls[0] == calls[1]
+    assert scores[0].equal(scores[1])
+    assert "waiting for another process" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 
 from rlkv import HeadGates, pocket
 from rlkv.support import check_model
+from rlkv_eval import plan
 from rlkv_eval.cli import main
 from rlkv_eval.methods.base import METHODS
 from rlkv_eval.results import Results, load_results
+from rlkv_eval.tasks.base import get_task
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.xdist_group("pipeline")  # one process: its fixtures take a while
@@ -117,6 +120,33 @@ def test_tables_and_figures(results: Results, tmp_path: Path, capsys: pytest.Cap
     assert "RLKV" in main_table and "H2O" in main_table
     summary = json.loads((results.folder / "summary.json").read_text())
     assert set(summary["noise_floor"]) == set(TASKS) and len(summary["runs"]) == 2 * (1 + 9 * 2)
+
+
+def test_run_json_says_what_token_dropping_really_did(home: Path, tmp_path: Path) -> None:
+    more = ("methods=rlkv,streaming", "sparsities=0.3", "prefill=local", "n=1", "max_new_tokens=4")
+    assert main(words(home, tmp_path, *more)) == 0
+    dropped, masked = (
+        json.loads((tmp_path / f"pocket_recall/{method}-s0.3/run.json").read_text())
+        for method in ("streaming", "rlkv")
+    )
+    assert dropped["true_sparsity"] == pytest.approx(masked["true_sparsity"]) != 0.3  # whole heads' worth
+    assert (dropped["prefill"], masked["prefill"]) == ("full", "local")
+
+
+def test_a_tasks_limit_on_prompt_and_answer_is_kept(
+    home: Path, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = sorted(row.prompt_tokens for row in results.find("pocket_resolve", "full")[0].rows)
+    limit = prompts[-1]  # the longest prompt leaves no room, the others a little
+    long = replace(get_task("pocket_resolve"), max_length=limit)
+    monkeypatch.setattr(plan, "get_task", lambda name: long)
+    more = ("methods=full,h2o", f"sparsities={SPARSITY}", "tasks=pocket_resolve", "max_new_tokens=500")
+    assert main(words(home, tmp_path, *more)) == 0
+    for run in load_results(tmp_path).runs:
+        assert len(run.info["skipped"]) == prompts.count(limit) and len(run.rows) == N - prompts.count(limit)
+        for row in run.rows:
+            assert row.prompt_tokens + row.new_tokens <= limit
+            assert row.finish == "stop" or row.prompt_tokens + row.new_tokens == limit
 
 
 SAMPLED = (

@@ -83,6 +83,29 @@ def test_near_lossless_rule(tmp_path: Path) -> None:
     assert [verdict(score, base, 2.0) for score in alone] == ["near-lossless", "lossy"]
 
 
+def test_without_pairs_our_own_results_prove_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "gsm8k", "full", 0.0, "1" * 2000)
+    write_run(tmp_path / "b", "gsm8k", "rlkv", 0.2, "1" * 2000)
+    scores = join(own_scores(load_results(tmp_path / name)) for name in "ab")
+    place = ("Tiny-R1", "gsm8k", ("rlkv", ""), 2.0)
+    assert largest(scores, *place) is None
+    assert largest(scores, *place, ("near-lossless", "undecided")) is not None
+
+
+def test_unfinished_runs_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = own_folder(tmp_path / "a")
+    rows = folder / "gsm8k/rlkv-s0.5/rows.jsonl"
+    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:13]))
+    tables.main(tables.Config([str(folder)], output=str(tmp_path / "out")))
+    assert "rlkv-s0.5: LEFT OUT, 13 of 40 answers" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="no row"):
+        row(document(tmp_path / "out", "kv_bytes"), "GSM8K", "RLKV", "0.5")
+    write_run(tmp_path / "b", "gsm8k", "full", 0.0, "11")
+    (tmp_path / "b/gsm8k/full/rows.jsonl").write_text("")
+    with pytest.raises(RLKVError, match="no run is finished yet"):
+        tables.main(tables.Config([str(tmp_path / "b")], output=str(tmp_path / "out")))
+
+
 def test_drop_and_contest(written: Path) -> None:
     text = document(written, "drop")
     assert row(text, "reasoning", "Tiny-R1", "KVzip")[3:] == ["0.25", "-15.0", "-15.0"]

@@ -38,12 +38,16 @@ def one_model(scores: Scores, model: str, by_bytes: bool = False) -> Figure:
 
 
 def grid(scores: Scores, cells: list[list[tuple[str, str]]], by_bytes: bool) -> Figure:
-    """Panels as laid out in ``cells``. A single panel names its lines beside them, more share a legend."""
+    """Panels as laid out in ``cells``. A single panel names its lines beside them, more share a legend.
+
+    So does one against bytes, where all lines end in the full cache.
+    """
     several_models = len({model for row in cells for model, _ in row}) > 1
     alone = len(cells) == len(cells[0]) == 1
     looks = choose_looks(scores.settings)
     lines = -(-(1 + len(looks)) // NAMES_A_LINE)
-    size = (3.3, 2.5, 0.0) if alone else (1.9, 1.6, 0.2 + 0.2 * lines)
+    named = alone and not by_bytes
+    size = (3.3, 2.5, 0.0) if named else (4.6, 2.5, 0.0) if alone else (1.9, 1.6, 0.2 + 0.2 * lines)
     figure, axes = panels(len(cells), len(cells[0]), *size)
     ends = []
     for i, row in enumerate(cells):
@@ -58,18 +62,18 @@ def grid(scores: Scores, cells: list[list[tuple[str, str]]], by_bytes: bool) -> 
         for panel in axes[i][len(row) :]:
             panel.remove()
     label = "sparsity, % (of KV heads made local, or of tokens dropped)"
-    if alone:
+    if named:
         label_lines(axes[0][0], ends)
-        axes[0][0].set_xlabel(axes[0][0].get_xlabel() if by_bytes else "sparsity, %")
+        axes[0][0].set_xlabel("sparsity, %")
     else:
         if not by_bytes:
             figure.supxlabel(label, fontsize=8, color=INK)
-        legend(figure, scores, looks)
+        legend(figure, scores, looks, beside=alone)
     return figure
 
 
-def legend(figure: Figure, scores: Scores, looks: dict[Setting, Look]) -> None:
-    """One row above the panels, each name in its colour."""
+def legend(figure: Figure, scores: Scores, looks: dict[Setting, Look], beside: bool) -> None:
+    """Rows above the panels, or a column right of them, each name in its colour."""
     handles = [Line2D([], [], color="black", linestyle="--", linewidth=0.9, label="full cache")]
     for setting, (colour, marker, dash) in sorted(looks.items(), key=lambda pair: -method_order(pair[0][0])):
         width = 1.9 if stands_out(setting, looks) else 1.1
@@ -79,8 +83,8 @@ def legend(figure: Figure, scores: Scores, looks: dict[Setting, Look]) -> None:
         )
     box = figure.legend(
         handles=handles,
-        loc="outside upper center",
-        ncols=min(len(handles), NAMES_A_LINE),
+        loc="outside right center" if beside else "outside upper center",
+        ncols=1 if beside else min(len(handles), NAMES_A_LINE),
         handlelength=1.8,
         columnspacing=1.4,
     )

@@ -28,6 +28,7 @@ def error_bars(scores: Scores, model: str) -> Figure | None:
                 for score in known
                 if score.task == task
                 and (score.method == "full" or (score.method, score.variant) == (method, variant))
+                and (score.method == "full" or score.sparsity > 0)  # 0 is the full cache
             ]
             draw(axes[i][j], sorted(bars, key=lambda score: score.sparsity))
             if i == 0:

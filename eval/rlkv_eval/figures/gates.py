@@ -21,9 +21,8 @@ def heat_maps(heads: Mapping[str, np.ndarray], model: str, sparsity: float) -> F
     """A row for each method: scores [layers, kv_heads] in [0, 1] left, kept heads right; layers across."""
     layers, kv_heads = next(iter(heads.values())).shape
     cell = min(0.115, 4.2 / layers)  # inches
-    figure, axes = panels(
-        len(heads), 2, layers * cell + 0.55, max(kv_heads * cell, 0.45) + 0.42, sharex=True, sharey=True
-    )
+    width = max(layers * cell + 0.55, 2.7)  # of the titles, at least
+    figure, axes = panels(len(heads), 2, width, max(kv_heads * cell, 0.45) + 0.42, sharex=True, sharey=True)
     for (method, scores), (left, right) in zip(heads.items(), axes, strict=True):
         image = table(left, scores, "viridis")
         left.set_title(f"{method_title(method)}: mean {scores.mean():.2f}")

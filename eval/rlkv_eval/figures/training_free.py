@@ -29,9 +29,10 @@ def against_best(scores: Scores, champion: str = "rlkv") -> Figure | None:
         task for task in scores.tasks if any(task == key[0] for cells in found.values() for key in cells)
     ]
     sparsities = sorted({key[1] for cells in found.values() for key in cells})
-    figure, axes = panels(
-        1, len(found), max(1.6, 0.56 * len(sparsities) + 0.4), 0.3 * (len(tasks) + 1) + 0.75, sharey=True
-    )
+    width = max(
+        0.56 * len(sparsities) + 0.4, 1.6, 3.8 / len(found)
+    )  # names and colours beside few panels too
+    figure, axes = panels(1, len(found), width, max(0.3 * (len(tasks) + 1) + 0.75, 1.8), sharey=True)
     for panel, (model, cells) in zip(axes[0], found.items(), strict=True):
         table = np.full((len(tasks) + 1, len(sparsities)), np.nan)
         for (task, sparsity), (points, rival) in cells.items():

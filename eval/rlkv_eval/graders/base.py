@@ -83,6 +83,15 @@ def preflight(graders: Iterable[str]) -> None:
         _function(grader, "preflight")()
 
 
+def grader_versions(grader: str) -> dict[str, str]:
+    """Versions of the packages that a grader's verdicts depend on; none for one that stands alone."""
+    if grader != "math":
+        return {}
+    from rlkv_eval.graders.math import versions
+
+    return versions()
+
+
 def _function(grader: str, what: str) -> Callable[..., Any]:
     if grader not in GRADERS:
         raise RLKVError(f"no grader {grader!r}; there are {', '.join(GRADERS)}")

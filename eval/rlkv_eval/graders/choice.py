@@ -25,7 +25,7 @@ SAYS = re.compile(
     r"\b(?:answers?|option|choice)\b(?:\s+(?:to|for)\b[^.:\n]{0,60})?"
     r"\s*(?:\bis\b|\bare\b|\bwould be\b|\bmust be\b|\bshould be\b|[:=：]|\s-)(?:\s*:)?"
     r"\s*(?:(?:therefore|thus|hence|clearly|indeed|then|simply|likely|most likely),?\s)?\s*(?:\\boxed)?"
-    r"(?P<open>[(\[{\s]*(?:(?:option|choice|letter)\b\s*:?[(\[{\s]*)?)"
+    r"(?P<open>[(\[{<\s]*(?:(?:option|choice|letter)\b\s*:?[(\[{<\s]*)?)"
     r"(?P<letter>[A-Za-z])(?![A-Za-z0-9]|['’][a-z])(?=(?P<rest>[^\n]{0,40}))",
     re.IGNORECASE,
 )

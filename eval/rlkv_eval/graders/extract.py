@@ -43,7 +43,7 @@ GLUE = re.compile(r"\\text\s*\{([^{}]*)\}")
 FILLER = re.compile(r"\\[()\[\],;:! ]|\\q?quad|[$*~\s.]")
 HASHES = re.compile(r"^[ \t]*####[ \t]*([-+$€£\d\\.(].*)$", re.MULTILINE)
 STATEMENT = re.compile(
-    r"\banswer\b[*_ \t]*(?:to[^.:\n]{0,80}|for[^.:\n]{0,80}|\([^)\n]{0,40}\))?"
+    r"\banswers?\b[*_ \t]*(?:to[^.:\n]{0,80}|for[^.:\n]{0,80}|\([^)\n]{0,40}\))?"
     r"[*_ \t]*(?:\bis\b|\bare\b|\bequals\b|[:=：])[*_: \t]*",
     re.IGNORECASE,
 )
@@ -54,6 +54,8 @@ NUMBER = re.compile(
     r"(?<![\w.])[-−–+]?\s?\\?[$€£]?\s?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:\s?/\s?\d+)?(?:\s?\\?%)?"
 )
+# After a number that is only the beginning of an answer: 5x, 5/7, 3 + 2i, "3, 4", "1:2"; not "5, since ...".
+GOES_ON = re.compile(r"\s*(?:[-+*/^=(\\]\s*\S|[,:]\s*(?:[-+−\d.\\($]|[a-z]\b))")
 PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 
 
@@ -186,13 +188,14 @@ def _first_answer(rest: str) -> str:
     formulas = [match for match in MATH.finditer(line) if not _is_prose(match)]
     if formulas:
         return next(group for group in formulas[0].groups() if group).strip()
-    if (number := NUMBER.match(line)) and not re.match(r"\s*[-+*/^=(\\,:]\s*\S", line[number.end() :]):
+    if (number := NUMBER.match(line)) and not GOES_ON.match(line[number.end() :]):
         return number.group().strip()
     return line.strip().rstrip(".,;:!")
 
 
 def _last_expression(text: str) -> Found | None:
-    formulas = [match for match in MATH.finditer(text) if not _is_prose(match)]
+    """``text`` holds no box but those that were passed over."""
+    formulas = [m for m in MATH.finditer(text) if not (_is_prose(m) or BOX.search(m.group()))]
     numbers = list(NUMBER.finditer(text))
     if formulas and (not numbers or formulas[-1].end() >= numbers[-1].end()):
         return Found(next(group for group in formulas[-1].groups() if group).strip(), "last expression")

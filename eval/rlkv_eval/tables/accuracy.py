@@ -79,13 +79,13 @@ def column(
     return [scores.get(model, task, method, sparsity, variant) for method, variant in settings]
 
 
-def cell(score: Score | None, absent: str, intervals: bool, best: bool = False) -> Cell:
+def cell(score: Score | None, absent: str, intervals: bool, best: bool = False, digits: int = 1) -> Cell:
     """One decimal, as in the paper, with the interval where asked for and known."""
     if score is None:
         return Cell(absent)
     interval = score.interval
     small = f"({interval.low:.1f}–{interval.high:.1f})" if intervals and interval else ""
-    return Cell(f"{score.percent:.1f}", small, best)
+    return Cell(f"{score.percent:.{digits}f}", small, best)
 
 
 def mean_text(

@@ -29,7 +29,7 @@ def task_table(scores: Scores, model: str, task: str, intervals: bool) -> Table:
         rivals = [other.percent for other in order if other.sparsity == score.sparsity]
         best = score is not full and mark_best([score.percent, *rivals])[0] and len(rivals) > 1
         name = method_title(score.method, score.variant)
-        rows.append([name, f"{score.sparsity:g}", cell(score, absent, intervals, best)])
+        rows.append([name, f"{score.sparsity:g}", cell(score, absent, intervals, best, digits=2)])
         rows[-1] += [f"{score.tokens:.0f}" if score.tokens is not None else absent]
         rows[-1] += [f"{score.kinds.get(kind, 0.0):.2f}" if score.kinds else absent for kind in kinds]
     problems = next((score.problems for score in scores if score.problems), None)

@@ -80,11 +80,15 @@ def largest(
     verdicts: tuple[str, ...] = ("near-lossless",),
     every: bool = True,
 ) -> Score | None:
-    """The score of the largest sparsity with one of ``verdicts``; with ``every`` all smaller ones too."""
+    """The score of the largest sparsity with one of ``verdicts``; with ``every`` all smaller ones too.
+
+    Scores of our own that cannot be paired (the full cache is in another folder) are undecided.
+    """
     full = scores.full(model, task)
     best = None
     for score in of_setting(scores, model, task, setting):
-        if full and verdict(score, full, margin) in verdicts:
+        paired = score.comparison is not None or scores.published
+        if full and (verdict(score, full, margin) if paired else "undecided") in verdicts:
             best = score
         elif every:
             break
