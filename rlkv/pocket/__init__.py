@@ -3,8 +3,8 @@
     model, tokenizer = rlkv.pocket.load()
     problems("resolve", "test", 100)                   # dicts: prompt, answer, id, task
 
-A 4.8 M parameter Qwen3 (6 layers, 32 query and 16 KV heads of 16) trained from scratch by ``pretrain.py``; its
-card and training log lie beside the weights. Every figure about it uses one window, 4 + 16.
+A 4.8 M parameter Qwen3 (6 layers, 32 query and 16 KV heads of 16) trained from scratch by ``pretrain.py``;
+its card and training log lie beside the weights. Every figure about it uses one window, 4 + 16.
 """
 
 from __future__ import annotations

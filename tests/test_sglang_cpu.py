@@ -1,0 +1,201 @@
+"""The pocket reasoner served by SGLang's CPU engine with a head mask: greedy tokens equal our sampler's.
+
+The pool is small, prompts are processed in chunks, requests are retracted and aborted, and memory given back
+is filled with NaN. Skipped where SGLang is not installed; docs/serving.md says how to, without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from rlkv import pocket
+from rlkv.data import chat_tokens
+from rlkv.loading import load_shape
+from rlkv.mask import HeadMask
+from rlkv.sampler import Sampler, SamplingParams
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not list(distributions(name="sglang")), reason="SGLang is not installed")
+LONGEST = 300  # new tokens
+
+
+@dataclass
+class Server:
+    url: str
+    mask: HeadMask
+    prefill: Literal["full", "local"]
+    log: Path
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            content = answer.read()
+            return json.loads(content) if content else None
+
+
+def start(
+    folder: Path, prefill: Literal["full", "local"], *options: str, **settings: str
+) -> tuple[subprocess.Popen[bytes], Server]:
+    """A server on a free port, and the mask it uses."""
+    shape = load_shape("pocket")
+    mask = HeadMask.random(shape.layers, shape.kv_heads, 0.5, 5, window=pocket.WINDOW, model=shape)
+    mask.save(folder / "mask.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [
+        str(ROOT / "tests/sglang_stubs"),
+        str(ROOT),
+        str(ROOT / "sglang"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "RLKV_MASK": str(folder / "mask.json"),
+        "RLKV_PREFILL": prefill,
+        "RLKV_POISON": "true",
+        "SGLANG_TEST_RETRACT": "1",
+        "SGLANG_TEST_RETRACT_INTERVAL": "50",
+        **settings,
+    }
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(pocket.weights_folder())]
+    command += ["--port", str(port), "--device", "cpu", "--attention-backend", "rlkv", "--dtype", "float32"]
+    command += ["--sampling-backend", "pytorch", "--grammar-backend", "none", "--mem-fraction-static", "0.3"]
+    command += ["--max-total-tokens", "2500", "--max-running-requests", "16", "--chunked-prefill-size", "48"]
+    command += ["--skip-server-warmup", *options]
+    log = folder / "server.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    return process, Server(f"http://127.0.0.1:{port}", mask, prefill, log)
+
+
+@pytest.fixture(scope="module", params=["full", "local"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    process, server = start(tmp_path_factory.mktemp("served"), request.param)
+    try:
+        for _ in range(300):
+            assert process.poll() is None, server.log.read_text()[-3000:]
+            try:
+                server.get("/health")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def requests(count: int) -> list[list[int]]:
+    """Prompts of all tasks, some of them cut or doubled so that lengths differ."""
+    _, tokenizer = pocket.load()
+    tasks = list(pocket.TASKS)
+    found = [pocket.problems(task, "test", -(-count // len(tasks))) for task in tasks]
+    prompts = [chat_tokens(tokenizer, p["prompt"])[0] for group in zip(*found, strict=True) for p in group]
+    lengths = (None, None, 3, 21, None, 70)
+    cut = [prompt[: lengths[i % len(lengths)]] for i, prompt in enumerate(prompts[:count])]
+    return [prompt * 2 if i % 11 == 0 else prompt for i, prompt in enumerate(cut)]
+
+
+def compare(server: Server, count: int) -> None:
+    """Serve ``count`` prompts at once, a fifth as many more that are aborted; compare with the sampler."""
+    prompts = requests(count)
+    sampling = {"temperature": 0, "max_new_tokens": LONGEST}
+
+    def ask(index: int) -> list[int]:
+        answer = server.post("/generate", {"input_ids": prompts[index], "sampling_params": sampling})
+        ids: list[int] = answer["output_ids"]
+        return ids
+
+    def abort(index: int) -> None:
+        body = {"input_ids": prompts[index], "sampling_params": sampling, "rid": f"abort-{index}"}
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.post, "/generate", body)
+            time.sleep(0.3 + 0.37 * (index % 7))
+            server.post("/abort_request", {"rid": f"abort-{index}"})
+            asked.result()
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = [pool.submit(ask, index) for index in range(count)]
+        aborted = [pool.submit(abort, index) for index in range(0, count, 5)]
+        got = [answer.result() for answer in answers]
+        for one in aborted:
+            one.result()
+    model, _ = pocket.load()
+    window, prefill = server.mask.window, server.prefill
+    assert window is not None
+    sampler = Sampler(model, window, slots=32, max_length=1000, prefill=prefill)
+    expected = sampler.generate(
+        prompts, SamplingParams(max_new_tokens=LONGEST, temperature=0), gates=server.mask.gates()
+    )
+    different = [i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b.tokens]
+    assert not different, f"{len(different)} of {count} answers differ, the first is {different[0]}"
+    log = server.log.read_text()
+    assert re.search(r"#retracted_reqs: [1-9]", log), "nothing was retracted"
+    assert "leak" not in log
+    time.sleep(1)
+    state = server.get("/get_load")
+    assert all(one["num_tokens"] == 0 for one in state), state
+
+
+def test_tokens_are_the_samplers(server: Server) -> None:
+    compare(server, 20)
+
+
+@pytest.mark.slow
+def test_tokens_of_200_prompts_are_the_samplers(server: Server) -> None:
+    compare(server, 200)
+
+
+def test_openai_chat(server: Server) -> None:
+    problem = pocket.problems("resolve", "test", 1)[0]
+    body = {"model": "pocket", "messages": [{"role": "user", "content": problem["prompt"]}]}
+    answer = server.post("/v1/chat/completions", body | {"temperature": 0, "max_tokens": 40})
+    assert answer["usage"]["completion_tokens"] > 0 and answer["choices"][0]["message"]["content"]
+
+
+def test_the_plan_is_in_the_log(server: Server) -> None:
+    log = server.log.read_text()
+    heads = server.mask.full.numel()
+    assert f"{heads // 2} of {heads} KV heads full" in log and "windows of 16 requests" in log
+
+
+@pytest.mark.parametrize(
+    "options,settings,sentence",
+    [
+        (["--page-size", "16"], {}, "can't run with --page-size 16"),
+        (["--speculative-algorithm", "NGRAM"], {}, "can't run with --speculative-algorithm NGRAM"),
+        ([], {"RLKV_MASK": "", "RLKV_GATES": ""}, "set either RLKV_GATES"),
+        ([], {"RLKV_BACKEND": "flashinfer"}, "leaves full heads to one of fa3, triton, torch_native"),
+    ],
+)
+def test_refusals(tmp_path: Path, options: list[str], settings: dict[str, str], sentence: str) -> None:
+    process, server = start(tmp_path, "full", *options, **settings)
+    assert process.wait(120) != 0
+    assert sentence in server.log.read_text()
