@@ -1,6 +1,6 @@
 """Everything about one RL step of an 8B model on one GPU, in about 110 s, the most important results first.
 
-    python benchmarks/rl_step.py --gates shared/data/gates/rlkv/Llama-3.1-8B-R1.tsv --json rl_step.json
+    python benchmarks/rl_step.py --gates GATES --json rl_step.json
 
 Tokens against the slot sampler, benchmarks/sampler.py and benchmarks/train_step.py on one model, memory while
 the pages stay allocated, the projected hours of the recipe, and where a decode step's time goes. A stage that

@@ -1,6 +1,6 @@
 """The paged sampler on a random Llama-8B: tokens a second, beside the memory's limit and other engines.
 
-    python benchmarks/sampler.py --gates shared/data/gates/rlkv/Llama-3.1-8B-R1.tsv --json sampler.json
+    python benchmarks/sampler.py --gates GATES --json sampler.json
 
 Correctness first: float32 tokens are the slot sampler's, bf16 log-probabilities are near the trainer's. Then
 (1) 128 requests of 128 + 512 tokens with soft gates and with a mask, and 256 requests with full heads, which

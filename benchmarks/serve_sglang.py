@@ -1,7 +1,7 @@
 """Throughput and latency of SGLang with a head mask against stock SGLang: one arm a run, equal KV bytes.
 
     python benchmarks/serve_sglang.py arm=stock kv_gib=15 out=runs/serve/stock.json
-    python benchmarks/serve_sglang.py arm=rlkv gates=gates/llama sparsity=0.5 kv_gib=15
+    python benchmarks/serve_sglang.py arm=rlkv gates=GATES sparsity=0.5 kv_gib=15
 
 Equal work: random prompts of one length, `ignore_eos`, a fixed number of new tokens; random weights of an 8B
 Llama unless a model is named. `rate` 0 submits everything at once, else requests arrive by a Poisson process

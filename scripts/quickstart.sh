@@ -24,7 +24,7 @@ for argument in "$@"; do
             ;;
         --fresh) fresh=yes ;;
         --no-install) extras=--no-install ;;
-        -h | --help) sed -n 's/^# \{0,1\}//p' scripts/quickstart.sh | head -n 8 && exit ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' scripts/quickstart.sh && exit ;;
         *) echo "unknown option $argument; see bash scripts/quickstart.sh --help" >&2 && exit 2 ;;
     esac
 done

@@ -8,6 +8,9 @@
 # RLKV_VENV names the environment to use (default: .venv; it is made if it is not there).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+for argument in "$@"; do
+    case $argument in -h | --help) sed -n '2,8s/^# \{0,1\}//p' scripts/train.sh && exit ;; esac
+done
 source scripts/venv.sh
 
 config=${1:?give a config file such as configs/pocket.yaml}

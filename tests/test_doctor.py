@@ -50,7 +50,8 @@ def test_missing_package_and_old_version(monkeypatch: pytest.MonkeyPatch) -> Non
     findings = found()
     assert findings["torch"].status == "missing" and "2.10.1+cu128 is too old" in findings["torch"].detail
     assert findings["transformers"].status == "warn" and "newer than 5.23" in findings["transformers"].detail
-    assert findings["datasets"] == Finding("datasets", "missing", "", "pip install 'rlkv[train]'")
+    install = "pip install -e '.[train]', in the repository"
+    assert findings["datasets"] == Finding("datasets", "missing", "", install)
     versions["transformers"] = "5.2.0"
     assert found()["transformers"].status == "ok"
     features = doctor.runnable(doctor.report())
