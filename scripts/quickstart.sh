@@ -36,7 +36,7 @@ export TOKENIZERS_PARALLELISM=false
 started=$SECONDS part=$SECONDS
 took() { printf '    (%d s)\n' $((SECONDS - part)) && part=$SECONDS; }
 
-say "1/5 training gates by RL on the pocket reasoner, from ones (about 3 minutes on two cores)"
+say "1/5 training gates by RL on the pocket reasoner, from ones (about 4 minutes on two cores)"
 $rlkv train configs/quickstart.yaml output="$run/gates" resume=true "${train[@]}"
 took
 
