@@ -6,7 +6,6 @@ decoded like every later token, so prompt processing only fills the cache and ne
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 
 from rlkv.attention import NAME
 from rlkv.errors import RLKVError
-from rlkv.requests import Completion, check_positions, checked_gates, checked_prompts, end_ids
+from rlkv.requests import Completion, check_positions, checked_gates, checked_prompts, end_ids, evaluating
 from rlkv.sampling import SamplingParams, choose
 from rlkv.schedule import Pace, Schedule
 from rlkv.slot_state import SlotState
@@ -113,7 +112,7 @@ class Sampler:
         run = self._start(prompts, params or SamplingParams(), gates)
         done: dict[int, Completion] = {}
         began = time.perf_counter()
-        with self._evaluating():
+        with evaluating(self.model):
             while run.schedule.waiting or run.schedule.live:
                 self._admit(run)
                 self._arrange(run)
@@ -141,16 +140,6 @@ class Sampler:
             stop=self._stops.setdefault(ids, self._tensor(ids)),  # one tensor for good: graphs read it
             schedule=Schedule(len(prompts), self.slots, self.max_length, self._pace),
         )
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """In train() mode gradient checkpointing would drop the cache."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

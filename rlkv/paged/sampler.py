@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -20,7 +19,7 @@ from rlkv.paged.pool import PagePool
 from rlkv.paged.prefill import prefill
 from rlkv.paged.state import Job, Live, PagedState, Run, make_jobs
 from rlkv.paged.tables import PageTables
-from rlkv.requests import Completion, check_positions, checked_gates, checked_prompts, end_ids
+from rlkv.requests import Completion, check_positions, checked_gates, checked_prompts, end_ids, evaluating
 from rlkv.sampling import SamplingParams, choose
 from rlkv.slots import Prefill
 from rlkv.step_graphs import StepGraphs
@@ -131,7 +130,7 @@ class PagedSampler:
         done: dict[int, Completion] = {}
         began = time.perf_counter()
         try:
-            with self._evaluating():
+            with evaluating(self.model):
                 while run.waiting or run.live:
                     for step in (self._admit, self._decode):
                         step(run)
@@ -175,16 +174,6 @@ class PagedSampler:
             stop=self._stops.setdefault(ids, self._tensor(ids)),  # one tensor for good: graphs read it
             waiting=waiting,
         )
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """In train() mode gradient checkpointing would drop the cache."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

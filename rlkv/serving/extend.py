@@ -160,8 +160,7 @@ class Extend:
 def _kept(slots: Slots, chunk: Chunk) -> torch.Tensor:
     """Positions of a chunk that the ring holds after it."""
     position = torch.arange(chunk.start, chunk.stop)
-    window = slots.window
-    return position[(position < window.sink) | (position >= chunk.stop - window.recent)]
+    return position[slots.window.sees(torch.tensor(chunk.stop - 1), position)]
 
 
 def causal_attention(

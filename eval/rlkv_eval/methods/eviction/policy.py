@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +36,12 @@ class View:
         return self.positions >= self.length - count
 
 
-class Policy:
+class Policy(ABC):
     """Override ``priority``; the others for methods that look at attention."""
 
+    @abstractmethod
     def priority(self, view: View) -> torch.Tensor:
         """Float32 [n, H, C]: cells of low priority go first. What empty cells get is ignored."""
-        raise NotImplementedError
 
     def victim(self, view: View) -> torch.Tensor:
         """int64 [n, H, 1]: the cell whose token makes room for the next one."""
@@ -58,3 +59,4 @@ class Policy:
 
     def see_step(self, view: View, scores: torch.Tensor, weights: torch.Tensor) -> None:
         """Update ``view.score`` in place. scores (scaled, -inf where empty), weights: [n, H, groups, C]."""
+        return  # for methods that need no attention
