@@ -44,7 +44,7 @@ class StudyConfig:
     jobs_a_gpu: int = 1  # processes that share a GPU
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     targets: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
-    target_steps: int = 80  # of a run towards a target sparsity
+    target_steps: int = 110  # of a run towards a target sparsity
     sparsities: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625])
     problems: int = 4096  # held-out problems, a quarter of each task
     random_masks: int = 8
