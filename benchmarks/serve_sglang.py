@@ -1,25 +1,27 @@
-"""Throughput and latency of SGLang with a head mask against stock SGLang: one arm a run, equal KV bytes.
+"""One SGLang engine, stock or with a head mask, and the works that it is measured on; equal KV bytes.
 
-    python benchmarks/serve_sglang.py arm=stock kv_gib=15 out=runs/serve/stock.json
-    python benchmarks/serve_sglang.py arm=rlkv gates=GATES sparsity=0.5 kv_gib=15
+    python benchmarks/serve_sglang.py arm=stock works=bound kv_gib=15 out=runs/serve/stock.json
+    python benchmarks/serve_sglang.py arm=rlkv gates=GATES sparsity=0.5 works=bound kv_gib=15
+    python benchmarks/serve_sglang.py arm=rlkv works=load rate=4 prompt=256 output=2048 requests=400 ...
 
-Equal work: random prompts of one length, `ignore_eos`, a fixed number of new tokens; random weights of an 8B
-Llama unless a model is named. `rate` 0 submits everything at once, else requests arrive by a Poisson process
-and latencies are measured while streaming. scripts/bench_efficiency.sh runs the arms and prints the table.
+Equal work: random prompts, `ignore_eos`, as many new tokens in every arm; random weights of an 8B Llama
+unless a model is named. serve_work.py tells the works. With `listen=true` their names come from stdin, so
+that serve_compare.py can take turns between engines; scripts/bench_efficiency.sh runs it, prints the table.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import random
-import statistics
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+from serve_profile import profile
+from serve_work import Work, adjusted, measure
 
 from rlkv.config import load
 from rlkv.files import write_atomically
@@ -52,6 +54,8 @@ class Config:
     """One arm; lengths in tokens."""
 
     arm: Literal["stock", "rlkv"] = "stock"
+    works: str = "alone,ample"  # names of serve_work.py by commas, or profile
+    listen: bool = False  # take the names from stdin instead, a line each
     model: str = ""  # hub id or folder (empty: a Llama of 8B with random weights)
     gates: str = ""  # of the arm rlkv
     sparsity: float = 0.5
@@ -59,35 +63,67 @@ class Config:
     prefill: Literal["full", "local"] = "full"
     backend: str = ""  # SGLang's attention backend, in both arms (empty: SGLang's choice, fa3 on Hopper)
     kv_gib: float = 0.0  # memory for keys and values, windows included (0: all that there is)
-    prompt: int = 3584
-    output: int = 1024
-    requests: int = 48
-    running: int = 0  # most requests at once (0: SGLang's default)
-    rate: float = 0.0  # requests a second (0: all at once)
-    context: int = 8192
-    chunk: int = 8192  # of prefill
-    graphs: str = ""  # batch sizes with a CUDA graph, by commas (empty: SGLang's)
-    seed: int = 0
+    prompt: str = ""  # of all works, instead of their own; so are the next four
+    output: str = ""
+    requests: int = 0
+    rate: float = 0.0
+    seconds: float = 0.0
+    running: int = 0  # windows of the arm rlkv (0: as many as fit at the works' lengths); stock has no limit
+    context: int = 16384
+    chunk: int = 8192  # of prefill (-1: prompts in one piece)
+    graphs: str = "1,2,4,8,16,24,32,40,48,56,64,72"  # batch sizes with a CUDA graph
     prefill_graphs: bool = True  # of the stock arm; a head mask has none
-    wait_for: str = ""  # a file: measure when it appears, and say READY before
+    memory: float = 0.88  # SGLang's mem_fraction_static
     out: str = ""  # JSON
     log: str = "info"
 
+    def work(self, name: str) -> Work:
+        fields = ("prompt", "output", "requests", "rate", "seconds")
+        return adjusted(name, {field: getattr(self, field) for field in fields})
+
+    @property
+    def planned(self) -> list[Work]:
+        return [self.work(name) for name in self.works.split(",") if name != "profile"]
+
 
 def main() -> None:
-    """Start the engine, warm it up, measure, write the figures."""
+    """Start the engine, warm it up, and do one work after the other."""
     config = load(Config, None, sys.argv[1:])
     engine = start(config)
-    if config.wait_for:
-        print("READY", flush=True)
-        while not Path(config.wait_for).exists():
-            time.sleep(0.1)
-    figures = {**asdict(config), **measure(engine, config)}
-    print("RESULT", json.dumps(figures), flush=True)
-    if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(config.out), json.dumps(figures, indent=2) + "\n")
+    tokens = engine.get_server_info()["max_total_num_tokens"]
+    warm = {"temperature": 0.0, "ignore_eos": True, "max_new_tokens": 8}
+    engine.generate(input_ids=[[11] * 16] * 4, sampling_params=warm)
+    print("READY", flush=True)
+    results: list[dict[str, Any]] = []
+    for name in heard() if config.listen else config.works.split(","):
+        found = profile(engine) if name == "profile" else measure(engine, config.work(name), tokens)
+        results.append({"work": name, **found})
+        print("RESULT", json.dumps(results[-1]), flush=True)
+        if config.out:
+            figures = {"config": asdict(config), **surroundings(engine), "results": results}
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(config.out), json.dumps(figures, indent=2) + "\n")
     engine.shutdown()
+
+
+def heard() -> Iterator[str]:
+    """Works asked for on stdin, until it ends."""
+    while line := sys.stdin.readline():
+        yield line.strip()
+
+
+def surroundings(engine: Any) -> dict[str, Any]:
+    """What the figures hold for."""
+    import torch
+
+    server = engine.get_server_info()
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: version(name) for name in ("sglang", "torch")},
+        "backend": server.get("attention_backend"),
+        "kv_tokens": server["max_total_num_tokens"],
+        "kv_gib_allocated": float(server["internal_states"][0]["memory_usage"]["kvcache"]),
+    }
 
 
 def start(config: Config) -> Any:
@@ -95,32 +131,36 @@ def start(config: Config) -> Any:
     options: dict[str, Any] = {}
     stock_tokens = int(config.kv_gib * 2**30) // plan_of(config).stock_token_bytes if config.kv_gib else None
     if config.arm == "rlkv":
+        longest = max(work.longest_prompt for work in config.planned)
         os.environ.update(
             RLKV_GATES=config.gates,
             RLKV_SPARSITY=str(config.sparsity),
             RLKV_WINDOW=config.window,
             RLKV_PREFILL=config.prefill,
-            RLKV_PROMPT_TOKENS=str(config.prompt + 1),
+            RLKV_PROMPT_TOKENS=str(longest + 1),
             RLKV_BACKEND=config.backend,
         )
         options["attention_backend"] = "rlkv"
-        if stock_tokens:
-            plan, running = plan_of(config), config.running
+        plan = plan_of(config)
+        if stock_tokens and plan.compresses:
             budget = stock_tokens * plan.stock_token_bytes
-            staging = config.prompt + 1 if config.prefill == "full" else 0
-            running = running or plan.requests_for(budget, config.prompt + config.output // 2, staging)
+            staging = longest + 1 if config.prefill == "full" and config.chunk > 0 else 0
+            length = int(min(work.resident for work in config.planned))
+            running = config.running or plan.requests_for(budget, length, staging)
             options["max_total_tokens"] = plan.capacity(budget, running, staging).tokens
             options["max_running_requests"] = running
+        else:
+            options["max_total_tokens"] = stock_tokens
     else:
         options["max_total_tokens"] = stock_tokens
         if config.backend:
             options["attention_backend"] = config.backend
-    if config.running:
-        options["max_running_requests"] = config.running
     if not config.prefill_graphs:
         options["disable_prefill_cuda_graph"] = True
     if config.graphs:
         options["cuda_graph_bs_decode"] = [int(size) for size in config.graphs.split(",")]
+    if not torch_has_cuda():  # for trying this script out
+        options |= {"device": "cpu"}
     import sglang
 
     return sglang.Engine(
@@ -131,13 +171,19 @@ def start(config: Config) -> Any:
         disable_radix_cache=True,
         sampling_backend="pytorch",
         grammar_backend="none",
-        mem_fraction_static=0.88,
+        mem_fraction_static=config.memory,
         context_length=config.context,
         chunked_prefill_size=config.chunk,
         random_seed=0,
         log_level=config.log,
         **options,
     )
+
+
+def torch_has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def plan_of(config: Config) -> Plan:
@@ -169,81 +215,6 @@ def random_llama() -> str:
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "config.json", json.dumps(LLAMA_8B))
     return str(folder)
-
-
-def prompts(config: Config) -> list[list[int]]:
-    """Random tokens; both arms get the same."""
-    draw = random.Random(config.seed)
-    return [[draw.randrange(10, 30000) for _ in range(config.prompt)] for _ in range(config.requests)]
-
-
-def measure(engine: Any, config: Config) -> dict[str, Any]:
-    """Tokens a second, latencies, and one request alone."""
-    sampling = {"temperature": 0.0, "ignore_eos": True}
-    work = prompts(config)
-    engine.generate(input_ids=work[:4], sampling_params={**sampling, "max_new_tokens": 8})  # warm-up
-    figures: dict[str, Any] = {"alone": alone(engine, work[0][:128], sampling)}
-    sampling["max_new_tokens"] = config.output
-    began = time.perf_counter()
-    if config.rate:
-        figures |= asyncio.get_event_loop().run_until_complete(_open_loop(engine, work, sampling, config))
-    else:
-        answers = engine.generate(input_ids=work, sampling_params=sampling)
-        new = [answer["meta_info"]["completion_tokens"] for answer in answers]
-        assert new == [config.output] * len(work), "unequal work"
-    seconds = time.perf_counter() - began
-    server = engine.get_server_info()
-    return figures | {
-        "seconds": seconds,
-        "output_tokens_per_second": config.requests * config.output / seconds,
-        "kv_tokens": server.get("max_total_num_tokens"),
-        "kv_gib_allocated": float(server["internal_states"][0]["memory_usage"]["kvcache"]),
-    }
-
-
-def alone(engine: Any, prompt: list[int], sampling: dict[str, Any]) -> float:
-    """Output tokens a second of one request at a time: the difference of a long and a short answer."""
-    seconds = []
-    for new in (16, 272):
-        began = time.perf_counter()
-        engine.generate(input_ids=[prompt], sampling_params={**sampling, "max_new_tokens": new})
-        seconds.append(time.perf_counter() - began)
-    return 256 / (seconds[1] - seconds[0])
-
-
-async def _open_loop(
-    engine: Any, work: list[list[int]], sampling: dict[str, Any], config: Config
-) -> dict[str, Any]:
-    """Poisson arrivals; time to the first token, and between tokens, as the client sees them."""
-    draw = random.Random(config.seed + 1)
-    first: list[float] = []
-    gaps: list[float] = []
-
-    async def one(prompt: list[int]) -> None:
-        sent = last = time.perf_counter()
-        seen = 0
-        stream = await engine.async_generate(input_ids=prompt, sampling_params=sampling, stream=True)
-        async for chunk in stream:
-            now, count = time.perf_counter(), chunk["meta_info"]["completion_tokens"]
-            if seen == 0:
-                first.append(now - sent)
-            elif count > seen:
-                gaps.extend([(now - last) / (count - seen)] * (count - seen))
-            seen, last = count, now
-
-    tasks = []
-    for prompt in work:
-        tasks.append(asyncio.create_task(one(prompt)))
-        await asyncio.sleep(draw.expovariate(config.rate))
-    await asyncio.gather(*tasks)
-    return {
-        "ttft_ms": {"p50": _percentile(first, 50), "p99": _percentile(first, 99)},
-        "itl_ms": {"p50": _percentile(gaps, 50), "p99": _percentile(gaps, 99)},
-    }
-
-
-def _percentile(seconds: list[float], which: int) -> float:
-    return 1000 * statistics.quantiles(seconds, n=100, method="inclusive")[which - 1]
 
 
 if __name__ == "__main__":

@@ -1,62 +1,82 @@
-"""The table of scripts/bench_efficiency.sh: every arm beside stock SGLang and what memory allows at most."""
+"""The table of serve_compare.py: every arm beside stock SGLang, and what memory allows at most."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from serve_work import Work, adjusted
+
 from rlkv.window import Window
 
+FIELDS = ("prompt", "output", "requests", "rate", "seconds")
+COLUMNS = [
+    "work",
+    "arm",
+    "tokens/s",
+    "x stock",
+    "runs",
+    "at most",
+    "running",
+    "length",
+    "TTFT p50/p99",
+    "ITL p50/p99",
+]
 
-def ceiling(figures: dict[str, Any]) -> float:
-    """Requests that fit where one fits in stock, at the run's mean length L: 1 / ((1 - s) + s W / L)."""
-    length = figures["prompt"] + figures["output"] / 2
-    sparsity, window = figures["sparsity"], Window.parse(figures["window"]).size
-    return 1 / ((1 - sparsity) + sparsity * min(1.0, window / length))
+
+def ceiling(config: dict[str, Any], work: Work) -> float:
+    """Requests that fit where one fits in stock, at the mean length L: 1 / ((1 - s) + s W / L)."""
+    sparsity, window = config["sparsity"], Window.parse(config["window"]).size
+    return 1 / ((1 - sparsity) + sparsity * min(1.0, window / work.resident))
 
 
 def rows(folder: Path) -> list[list[str]]:
-    """One row an arm; a latency is there when the run measured it."""
-    stock = json.loads((folder / "stock.json").read_text())
-    table = [
-        [
-            "arm",
-            "tokens/s",
-            "x stock",
-            "ceiling",
-            "alone",
-            "KV GiB",
-            "tokens held",
-            "TTFT p50/p99",
-            "ITL p50/p99",
-        ]
-    ]
-    for path in [folder / "stock.json", *sorted(folder.glob("rlkv-*.json"))]:
-        figures = json.loads(path.read_text())
-        masked = figures["arm"] == "rlkv"
-        table.append(
-            [
-                f"s = {figures['sparsity']}" if masked else "stock",
-                f"{figures['output_tokens_per_second']:.0f}",
-                f"{figures['output_tokens_per_second'] / stock['output_tokens_per_second']:.2f}",
-                f"{ceiling(figures):.2f}" if masked else "1",
-                f"{figures['alone'] / stock['alone']:.3f}",
-                f"{figures['kv_gib_allocated']:.1f}",
-                str(figures["kv_tokens"]),
-                *(_latency(figures.get(name)) for name in ("ttft_ms", "itl_ms")),
+    """One row a work and arm: medians of its runs, and the ratios of the runs beside the stock arm's."""
+    paths = [folder / "stock.json", *sorted(folder.glob("[0-9]*.json"), key=lambda path: float(path.stem))]
+    arms = {path.stem: json.loads(path.read_text()) for path in paths}
+    table = [COLUMNS]
+    for work in dict.fromkeys(run["work"] for run in arms["stock"]["results"] if run["work"] != "profile"):
+        stock = _runs(arms["stock"], work)
+        for name, arm in arms.items():
+            runs, config = _runs(arm, work), arm["config"]
+            named = adjusted(work, {field: config[field] for field in FIELDS})
+            bound = named.kind == "steady" and name != "stock"
+            ratios = [
+                a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs, stock, strict=True)
             ]
-        )
+            speed = statistics.median(run["tokens_per_second"] for run in runs)
+            table.append(
+                [
+                    work,
+                    name if name == "stock" else f"s = {name}",
+                    f"{speed:.1f}" if speed < 1000 else f"{speed:.0f}",
+                    f"{statistics.median(ratios):.3f}",
+                    f"{min(ratios):.3f}-{max(ratios):.3f}" if len(runs) > 1 else "1",
+                    f"{ceiling(config, named):.2f}" if bound else "-",
+                    *(f"{runs[0][key]:.0f}" if key in runs[0] else "-" for key in ("running", "resident")),
+                    *(_latency(runs[0].get(key)) for key in ("ttft_ms", "itl_ms")),
+                ]
+            )
     return table
+
+
+def _runs(arm: dict[str, Any], work: str) -> list[dict[str, Any]]:
+    return [run for run in arm["results"] if run["work"] == work]
 
 
 def _latency(found: dict[str, float] | None) -> str:
     return f"{found['p50']:.0f}/{found['p99']:.0f} ms" if found else "-"
 
 
-if __name__ == "__main__":
-    table = rows(Path(sys.argv[1]))
+def print_table(folder: Path) -> None:
+    table = rows(folder)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    print_table(Path(sys.argv[1]))

@@ -1,24 +1,19 @@
 #!/usr/bin/env bash
-# Serving throughput of SGLang with a head mask against stock SGLang: equal KV bytes, equal work, one arm after the other.
+# SGLang with a head mask against stock SGLang: equal KV bytes, equal work, engines taking turns on one GPU.
 #
-#   bash scripts/bench_efficiency.sh gates=GATES [key=value ...]     settings: python benchmarks/serve_sglang.py, Config
+#   bash scripts/bench_efficiency.sh gates=GATES [key=value ...]
+#   bash scripts/bench_efficiency.sh gates=GATES works=bound kv_gib=15 chunk=-1              memory-bound, long answers
+#   bash scripts/bench_efficiency.sh gates=GATES works=load kv_gib=15 rate=7                 Poisson arrivals
+#   bash scripts/bench_efficiency.sh gates=GATES arms=stock,0,0.5 works=alone:3,ample:3 kv_gib=6.25 running=72 memory=0.97
 #
-# RLKV_ARMS    sparsities to serve (default: 0.25 0.5 0.75)   RLKV_OUT  folder of results (default: runs/efficiency)
-# RLKV_PYTHON  interpreter with SGLang and the plugin         Example: rate=4 requests=400 prompt=256 output=2048
+# arms       stock and sparsities (default: stock,0.5)     together=false  one engine after the other (80 GB hold two
+#                                                          of 15 GiB, three of 6.25 GiB)
+# works      of benchmarks/serve_work.py, :3 for three turns; profile: kernels of a decoding step
+# out        folder of results (runs/efficiency)           RLKV_PYTHON     interpreter with SGLang and the plugin
+# Others are settings of benchmarks/serve_sglang.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-case "${1:-}" in "" | -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit ;; esac
+case "${1:-}" in "" | -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit ;; esac
 
-python=${RLKV_PYTHON:-python}
-out=${RLKV_OUT:-runs/efficiency}
-mkdir -p "$out"
 export PYTHONPATH="$PWD:$PWD/sglang${PYTHONPATH:+:$PYTHONPATH}"
-arguments=()
-for argument in "$@"; do [[ $argument == gates=* ]] || arguments+=("$argument"); done
-
-"$python" benchmarks/serve_sglang.py arm=stock out="$out/stock.json" "${arguments[@]}" > "$out/stock.log" 2>&1
-for sparsity in ${RLKV_ARMS:-0.25 0.5 0.75}; do
-    "$python" benchmarks/serve_sglang.py arm=rlkv sparsity="$sparsity" out="$out/rlkv-$sparsity.json" "$@" \
-        > "$out/rlkv-$sparsity.log" 2>&1
-done
-"$python" benchmarks/serve_table.py "$out"
+exec "${RLKV_PYTHON:-python}" benchmarks/serve_compare.py "$@"

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -54,11 +55,11 @@ class Server:
 
 
 def start(
-    folder: Path, prefill: Literal["full", "local"], *options: str, **settings: str
+    folder: Path, prefill: Literal["full", "local"], *options: str, tp: int = 1, **settings: str
 ) -> tuple[subprocess.Popen[bytes], Server]:
     """A server on a free port, and the mask it uses."""
     shape = load_shape("pocket")
-    mask = HeadMask.random(shape.layers, shape.kv_heads, 0.5, 5, window=pocket.WINDOW, model=shape)
+    mask = HeadMask.random(shape.layers, shape.kv_heads, 0.5, 5, window=pocket.WINDOW, model=shape, tp=tp)
     mask.save(folder / "mask.json")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,16 +86,19 @@ def start(
     command += ["--port", str(port), "--device", "cpu", "--attention-backend", "rlkv", "--dtype", "float32"]
     command += ["--sampling-backend", "pytorch", "--grammar-backend", "none", "--mem-fraction-static", "0.3"]
     command += ["--max-total-tokens", "2500", "--max-running-requests", "16", "--chunked-prefill-size", "48"]
-    command += ["--skip-server-warmup", *options]
+    command += ["--skip-server-warmup", "--tp-size", str(tp), *options]
     log = folder / "server.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     return process, Server(f"http://127.0.0.1:{port}", mask, prefill, log)
 
 
-@pytest.fixture(scope="module", params=["full", "local"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    process, server = start(tmp_path_factory.mktemp("served"), request.param)
+@contextmanager
+def running(
+    folder: Path, prefill: Literal["full", "local"], *options: str, tp: int = 1, **settings: str
+) -> Iterator[Server]:
+    """A server that answers; it ends with the context."""
+    process, server = start(folder, prefill, *options, tp=tp, **settings)
     try:
         for _ in range(300):
             assert process.poll() is None, server.log.read_text()[-3000:]
@@ -110,6 +114,12 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@pytest.fixture(scope="module", params=["full", "local"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("served"), request.param) as server:
+        yield server
 
 
 def requests(count: int) -> list[list[int]]:

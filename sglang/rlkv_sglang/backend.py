@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rlkv.serving.plan import Plan
 from rlkv.serving.slots import Staging
 from rlkv_sglang.announced import Announced, teach
 from rlkv_sglang.hooks import Serving
-from rlkv_sglang.local import LocalDecode, causal_kernel, local_decode
+from rlkv_sglang.local import DecodeStep, causal_kernel, decode_step
 from rlkv_sglang.poison import poison
 from rlkv_sglang.pool import HeadwiseKVPool
 
@@ -39,10 +40,11 @@ class HeadwiseBackend(Announced):
     _plan: Plan
     _pool: HeadwiseKVPool
     _staging: Staging
-    _local: LocalDecode
+    _step: DecodeStep
     _causal: Causal | None
     _splits: dict[int, Split]
     _extend: Extend | None  # of the forward in progress, if it has several tokens a request
+    _schedules: dict[int, torch.Tensor]  # FA3's, of the decoding step in progress, by number of full heads
 
     def _attach(self, runner: Any, serving: Serving) -> None:
         pool = runner.token_to_kv_pool
@@ -50,12 +52,11 @@ class HeadwiseBackend(Announced):
             raise RLKVError(f"attention backend rlkv: SGLang built a {type(pool).__name__}, not our KV pool")
         self._plan, self._pool = serving.plan, pool
         self._staging = Staging(pool.slots.staging)
-        self._local = local_decode(pool)
+        self._step = decode_step(pool)
         self._causal = causal_kernel(runner.server_args.attention_backend)
         self._splits = {}
         self._extend = None
-        # FA3's tile schedule depends on the number of heads, which differs from layer to layer
-        self._disable_scheduler_metadata_precompute = True
+        self._schedules = {}
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
@@ -64,12 +65,32 @@ class HeadwiseBackend(Announced):
             device = forward_batch.out_cache_loc.device
             self._extend = Extend(self._pool.slots, self._staging, self.announced(forward_batch), device)
         elif forward_batch.forward_mode.is_decode():
-            self._local.prepare(forward_batch.req_pool_indices, forward_batch.seq_lens)
+            self._begin_step(forward_batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         super().init_forward_metadata_in_graph(forward_batch)
         if forward_batch.forward_mode.is_decode():
-            self._local.prepare(forward_batch.req_pool_indices, forward_batch.seq_lens)
+            self._begin_step(forward_batch)
+
+    def _begin_step(self, forward_batch: Any) -> None:
+        """What all layers of a decoding step share, from tensors that a CUDA graph keeps."""
+        tensors = (forward_batch.req_pool_indices, forward_batch.seq_lens, forward_batch.out_cache_loc)
+        self._step.prepare(*tensors)
+        if hasattr(super(), "_compute_scheduler_metadata"):
+            self._schedules = {full: self._schedule(full) for full in set(self._plan.full_heads) - {0}}
+
+    def _schedule(self, full: int) -> torch.Tensor:
+        """FA3's tile schedule for layers of ``full`` heads; its kernel would make one a layer otherwise."""
+        metadata, heads = self.forward_metadata, (self.num_attention_heads, self.num_kv_heads)
+        self.num_attention_heads, self.num_kv_heads = full * self._plan.groups, full
+        longest = metadata.page_table.shape[1]  # what the kernel takes for the longest, page_size being 1
+        lengths = metadata.cache_seqlens_int32
+        schedule = super()._compute_scheduler_metadata(len(lengths), longest, lengths, metadata.cu_seqlens_q)
+        self.num_attention_heads, self.num_kv_heads = heads
+        return schedule
+
+    def _compute_scheduler_metadata(self, *arguments: Any) -> None:
+        """SGLang's one schedule a step does not fit layers of different numbers of heads."""
 
     def _split(self, layer: Any) -> Split:
         split = self._splits.get(layer.layer_id)
@@ -96,7 +117,8 @@ class HeadwiseBackend(Announced):
         split = self._split(layer)
         query, output = self._begin(q, save_kv_cache, options)
         if split.full:
-            self._full(query, k, v, split, output, super().forward_extend, forward_batch)
+            full_query = query[:, : split.queries].flatten(1)
+            self._full(full_query, k, v, split, output, super().forward_extend, forward_batch)
         if split.local:
             assert self._extend is not None
             self._extend.attend(
@@ -123,17 +145,12 @@ class HeadwiseBackend(Announced):
         """Shapes as in :meth:`forward_extend`, one token a request."""
         split = self._split(layer)
         query, output = self._begin(q, save_kv_cache, options)
+        full_query = self._step.run(query, k, v, layer.layer_id, layer.scaling, output)
         if split.full:
-            self._full(query, k, v, split, output, super().forward_decode, forward_batch)
-        if split.local:
-            self._local.decode(
-                query[:, split.queries :],
-                k[:, split.full :],
-                v[:, split.full :],
-                *self._pool.local(layer.layer_id),
-                layer.scaling,
-                output[:, split.queries :],
-            )
+            if self._schedules:
+                self.forward_metadata.scheduler_metadata = self._schedules[split.full]
+            forward = partial(super().forward_decode, save_kv_cache=False)
+            self._full(full_query, k, v, split, output, forward, forward_batch)
         return output.flatten(1)
 
     def _begin(
@@ -156,11 +173,11 @@ class HeadwiseBackend(Announced):
         forward: Any,
         forward_batch: Any,
     ) -> None:
-        """SGLang's own attention, on the slice of full heads."""
+        """SGLang's own attention, on the slice of full heads; query [T, their queries * D]."""
         part = output[:, : split.queries]
         forward_batch._attn_output = part  # FA3 writes there; other backends don't know of it
         attended = forward(
-            query[:, : split.queries].flatten(1),
+            query,
             k[:, : split.full],
             v[:, : split.full],
             split.full_layer,

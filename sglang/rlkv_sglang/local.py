@@ -1,4 +1,4 @@
-"""Local heads by machine: decoding (store the new token in its ring, attend to the ring), and prompts.
+"""Local heads by machine: a decoding step (store the new token, attend to the ring), and prompts.
 
 What depends on the batch alone is prepared once a step, with static shapes and no host, so that a CUDA graph
 can hold it.
@@ -15,78 +15,89 @@ from rlkv.serving.extend import Causal
 from rlkv_sglang.pool import HeadwiseKVPool
 
 
-class LocalDecode(Protocol):
-    """One decoding step of local heads."""
+class DecodeStep(Protocol):
+    """One decoding step of a layer, up to the attention of its full heads."""
 
-    def prepare(self, request: torch.Tensor, length: torch.Tensor) -> None:
-        """Request slots [B] and lengths [B], the new token included."""
+    def prepare(self, request: torch.Tensor, length: torch.Tensor, rows: torch.Tensor) -> None:
+        """Request slots [B], lengths [B], the new token included, and its rows [B] among full heads'."""
         ...
 
-    def decode(
+    def run(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        layer: int,
         scaling: float,
         output: torch.Tensor,
-    ) -> None:
-        """query, output [B, heads * groups, D], key and value [B, heads, D]; keys, values: a layer's pool."""
+    ) -> torch.Tensor:
+        """Store the new tokens, attend local heads, and give the queries of full heads [B, n * D].
+
+        query, output [B, heads * groups, D], key and value [B, heads, D]; full heads come first.
+        """
         ...
 
 
-class TorchDecode:
+class TorchStep:
     """Plain PyTorch, on any device."""
 
     def __init__(self, pool: HeadwiseKVPool) -> None:
-        self.slots = pool.slots
+        self.pool = pool
 
-    def prepare(self, request: torch.Tensor, length: torch.Tensor) -> None:
-        self.row = self.slots.ring(request, length - 1)
-        self.rows, self.filled = self.slots.held(request, length)
+    def prepare(self, request: torch.Tensor, length: torch.Tensor, rows: torch.Tensor) -> None:
+        slots = self.pool.slots
+        self.rows, self.new = rows, slots.ring(request, length - 1)
+        self.held, self.filled = slots.held(request, length)
 
-    def decode(
+    def run(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        layer: int,
         scaling: float,
         output: torch.Tensor,
-    ) -> None:
-        keys[self.row], values[self.row] = key.to(keys.dtype), value.to(values.dtype)
-        output.copy_(decode_local(query, keys, values, self.rows, self.filled, scaling))
+    ) -> torch.Tensor:
+        keys, values = self.pool.full(layer)
+        full = keys.shape[1]
+        queries = full * (query.shape[1] // key.shape[1])
+        keys[self.rows], values[self.rows] = key[:, :full].to(keys.dtype), value[:, :full].to(keys.dtype)
+        if full < key.shape[1]:
+            keys, values = self.pool.local(layer)
+            keys[self.new], values[self.new] = key[:, full:].to(keys.dtype), value[:, full:].to(keys.dtype)
+            local = decode_local(query[:, queries:], keys, values, self.held, self.filled, scaling)
+            output[:, queries:] = local
+        return query[:, :queries].flatten(1)
 
 
-class RingDecode:
-    """Our Triton kernel, one launch that stores and attends; nothing is prepared."""
+class TritonStep:
+    """Our Triton kernel, one launch; nothing is prepared."""
 
     def __init__(self, pool: HeadwiseKVPool) -> None:
-        from rlkv.kernels.ring import ring_decode
+        from rlkv.kernels.ring import decode_step
 
-        self.kernel, self.window = ring_decode, pool.slots.window
+        self.pool, self.kernel = pool, decode_step
 
-    def prepare(self, request: torch.Tensor, length: torch.Tensor) -> None:
-        self.request, self.length = request, length
+    def prepare(self, request: torch.Tensor, length: torch.Tensor, rows: torch.Tensor) -> None:
+        self.request, self.length, self.rows = request, length, rows
 
-    def decode(
+    def run(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        layer: int,
         scaling: float,
         output: torch.Tensor,
-    ) -> None:
-        self.kernel(query, key, value, keys, values, self.request, self.length, self.window, scaling, output)
+    ) -> torch.Tensor:
+        full, ring, window = self.pool.full(layer), self.pool.local(layer), self.pool.slots.window
+        requests = (self.request, self.length, window)
+        return self.kernel(query, key, value, full, self.rows, ring, *requests, scaling, output)
 
 
-def local_decode(pool: HeadwiseKVPool) -> LocalDecode:
+def decode_step(pool: HeadwiseKVPool) -> DecodeStep:
     """The fastest that the machine has."""
-    return RingDecode(pool) if torch.device(pool.device).type == "cuda" else TorchDecode(pool)
+    return TritonStep(pool) if torch.device(pool.device).type == "cuda" else TorchStep(pool)
 
 
 def causal_kernel(name: str) -> Causal | None:

@@ -58,6 +58,10 @@ class HeadwiseKVPool(MHATokenToKVPool):
         else:
             keys[loc], values[loc] = cache_k, cache_v
 
+    def full(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer's full heads, each [tokens + 1, full heads, D]."""
+        return self.k_buffer[layer], self.v_buffer[layer]
+
     def local(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer's local heads, each [slots.rows, local heads, D]."""
         return self.local_k[layer], self.local_v[layer]
