@@ -4,9 +4,11 @@
 
 Correctness first: float32 tokens are the slot sampler's, bf16 log-probabilities are near the trainer's. Then
 (1) 128 requests of 128 + 512 tokens with soft gates and with a mask, and 256 requests with full heads, which
-SGLang 0.5.17 does at 17,088 tokens/s on an H100; (2) seconds of a step at given lengths, without a prompt
-pass; (3) equal memory: requests of mean length 4096 that fit a pool of 36 GB. "limit" is the time to read
-weights, keys and values once at the copy bandwidth measured in the same run. About a minute.
+SGLang 0.5.17 does at 17,088 tokens/s on an H100; then 32 requests of 128 + 128 tokens beside transformers'
+generate with its dynamic cache and (compiled, a minute more: --static) its static one; (2) seconds of a step
+at given lengths, without a prompt pass; (3) equal memory: requests of mean length 4096 that fit a pool of
+36 GB. "limit" is the time to read weights, keys and values once at the copy bandwidth measured in the same
+run. About a minute and a half.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from gpu_timing import card, copy_bandwidth, print_table, write_json
 from random_llama import random_llama, weight_bytes
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rlkv.attention import Mixed
+from rlkv.attention import NAME, Mixed
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.paged import PagedSampler
@@ -97,6 +99,28 @@ def throughput(sampler: PagedSampler, requests: int, new: int, gates: Gates) -> 
     return sampler.tokens_per_second
 
 
+def transformers_throughput(model: Any, requests: int, new: int, cache: str) -> float:
+    """Tokens a second of transformers' generate with its own attention; ``cache`` is dynamic or static."""
+    ids = torch.randint(0, 20000, (requests, 128), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    options: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids), "do_sample": True, "top_k": 0, "pad_token_id": 0,
+        "cache_implementation": None if cache == "dynamic" else cache,
+    }  # fmt: skip
+    model.set_attn_implementation("sdpa")
+    try:
+        model.generate(ids, max_new_tokens=8 if cache == "dynamic" else new, **options)  # compiles
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        found = model.generate(ids, max_new_tokens=new, **options)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        return (found.shape[1] - ids.shape[1]) * requests / (time.perf_counter() - began)
+    finally:
+        model.set_attn_implementation(NAME)
+
+
 @torch.inference_mode()
 def step_seconds(sampler: PagedSampler, lengths: list[int], gates: Gates, rounds: int = 2) -> float:
     """Seconds of one decode step of requests that hold so many tokens, whatever is in their pages."""
@@ -162,7 +186,12 @@ def make_sampler(model: Any, window: Window, slots: int, max_length: int, gigaby
 
 
 def measure(
-    model: Any, gates_path: str | None, bandwidth: float, pool: float = 36.0, tiny: bool = False
+    model: Any,
+    gates_path: str | None,
+    bandwidth: float,
+    pool: float = 36.0,
+    tiny: bool = False,
+    static: bool = False,
 ) -> dict[str, Any]:
     """Runs of whole answers, steps, and equal memory; see above."""
     config = model.config
@@ -184,6 +213,10 @@ def measure(
         runs.append({"run": name, "requests": count, "tokens/s": speed, "limit": count / limit,
                      "% limit": 100 * speed * limit / count})  # fmt: skip
         print(runs[-1], flush=True)
+    peers = {"ours": throughput(sampler, 32 // scale, new // 4, None)}
+    for cache in ("dynamic", "static") if static else ("dynamic",):
+        peers[f"transformers, {cache} cache"] = transformers_throughput(model, 32 // scale, new // 4, cache)
+    print("32 requests of 128 + 128 tokens, full heads, tokens/s:", peers, flush=True)
     steps: list[dict[str, Any]] = []
 
     def step(name: str, count: int, mean: int, gates: Gates) -> dict[str, Any]:
@@ -214,7 +247,8 @@ def measure(
     print(f"equal memory ({pool} GB): mask over full {gain:.2f}x; bytes allow {1 / local:.2f}x")
     full = next((run["tokens/s"] for run in runs if run["run"] == "full"), float("nan"))
     print(f"256 requests, full heads, against SGLang's {SGLANG} tokens/s: {full / SGLANG:.2f}x")
-    return {**result, "runs": runs, "steps": steps, "equal_memory_gain": gain, "bytes_allow": 1 / local,
+    result |= {"runs": runs, "32 requests, tokens/s": peers}
+    return {**result, "steps": steps, "equal_memory_gain": gain, "bytes_allow": 1 / local,
             "over_sglang": full / SGLANG}  # fmt: skip
 
 
@@ -222,13 +256,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gates", help="a gates table whose heads the mask follows")
     parser.add_argument("--json")
+    parser.add_argument("--static", action="store_true", help="transformers with its static cache too")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU too: to try this out")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_tokens(device)
     model = random_llama(device, arguments.tiny)
     bandwidth = copy_bandwidth() if device == "cuda" else 1e10
-    result = measure(model, arguments.gates, bandwidth, 0.05 if arguments.tiny else 36.0, arguments.tiny)
+    pool, tiny = 0.05 if arguments.tiny else 36.0, arguments.tiny
+    result = measure(model, arguments.gates, bandwidth, pool, tiny, arguments.static)
     print_table(result["runs"])
     print_table(result["steps"])
     if device == "cuda":

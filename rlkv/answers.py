@@ -38,6 +38,7 @@ class Row:
     score: float
     prompt_tokens: int
     tokens: int
+    digest: str = ""  # of the problem (see Problem.digest; rows of older versions have none)
 
     @property
     def length(self) -> int:
@@ -59,13 +60,22 @@ def answer_masks(
     """For each mask its rows, in the order of ``prompts``.
 
     ``masks``: name -> gates float [layers, kv_heads]. ``chunk`` answers at most go into one sampler run (each
-    brings its own gates).
+    brings its own gates). Raises RLKVError for two problems of one id, and if ``path`` holds an answer to a
+    problem that has changed since.
     """
     identities = [identity(problem.task, problem.id) for problem in prompts.problems]
     if len(set(identities)) < len(identities):
         twice = next(item for item in identities if identities.count(item) > 1)
         raise RLKVError(f"two problems have the id {twice!r}; ids must differ so that a run can be resumed")
+    digests = [problem.digest for problem in prompts.problems]
     found = read_rows(path)
+    now = dict(zip(identities, digests, strict=True))
+    for row in found.values():
+        if row.digest not in ("", now.get(row.problem, row.digest)):
+            raise RLKVError(
+                f"{path} holds an answer to another problem {row.problem!r} (its prompt or gold answer has "
+                "changed since): choose another output"
+            )
     wanted = [
         (name, number)
         for number in range(len(identities))
@@ -91,6 +101,7 @@ def answer_masks(
                     score=verdict.score,
                     prompt_tokens=len(tokens),
                     tokens=len(completion.tokens),
+                    digest=digests[number],
                 )
                 file.write(json.dumps(asdict(row)) + "\n")
                 file.flush()

@@ -9,12 +9,16 @@ from rlkv.data import Encoded, PromptSet
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.loading import load_model, pick_device
+from rlkv.mask import HeadMask
 from rlkv.rewards import get_reward
 from rlkv.sampler import Sampler
 from rlkv.support import ModelShape, check_model
 from rlkv.window import Window
 
 Method = Literal["rlkv", "random", "ablation"]
+
+NO_WINDOW = "no window is known for the local heads: give window=SINK+RECENT, such as window=16+64"
+NO_MODEL = "no model is named: give model=pocket, model=FOLDER or model=HUB_ID"
 
 
 @dataclass
@@ -60,6 +64,8 @@ class EvalConfig:
         for name in ("max_new_tokens", "slots", "chunk", "random_masks", "ablation_problems"):
             if getattr(self, name) < 1:
                 raise RLKVError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.n < 0:
+            raise RLKVError(f"n is a number of problems, 0 or more (0: all); got {self.n}")
         for sparsity in self.sparsities:
             if not 0 <= sparsity <= 1:
                 raise RLKVError(
@@ -76,10 +82,10 @@ class Bench:
         config.check()
         self.config = config
         self.gates = HeadGates.load(config.gates) if config.gates else None
-        self.window = config.window or deployed_window(self.gates)
+        given = "the given model" if model is not None else config.model
+        self.window, self.name = window_and_model(self.gates, None, config.window, given)
         for line in self.gates.remarks(self.window) if self.gates else ():
             print(line)
-        self.name = "the given model" if model is not None else config.model or trained_model(self.gates)
         pocket = self.name == "pocket"
         self.spec = config.data or ("pocket" if pocket else "")
         automatic = "exact" if pocket else "math"
@@ -117,19 +123,41 @@ class Bench:
         return Sampler(self.model, self.window, slots=slots, max_length=longest, prefill=self.config.prefill)
 
 
+def window_and_model(
+    gates: HeadGates | None, mask: HeadMask | None, window: Window | None, model: str
+) -> tuple[Window, str]:
+    """``window`` and ``model`` or, where not given, what mask or gates record; RLKVError for both at once."""
+    window = window or (mask.window if mask else None) or (gates.deployed if gates else None)
+    model = model or (mask.model.name if mask and mask.model else "") or recorded_model(gates)
+    require(window, model)
+    assert window is not None
+    return window, model
+
+
+def require(window: object, model: object) -> None:
+    """Raise RLKVError that names what is not known, and how to give it."""
+    lacking = [message for known, message in ((window, NO_WINDOW), (model, NO_MODEL)) if not known]
+    if lacking:
+        raise RLKVError("; ".join(lacking))
+
+
 def deployed_window(gates: HeadGates | None) -> Window:
     """The window that the gates are meant for; RLKVError without one."""
-    if gates is not None and gates.deployed is not None:
-        return gates.deployed
-    raise RLKVError("no window is known for the local heads: give window=SINK+RECENT, such as window=16+64")
+    if gates is None or gates.deployed is None:
+        raise RLKVError(NO_WINDOW)
+    return gates.deployed
 
 
 def trained_model(gates: HeadGates | None) -> str:
     """The model that the gates' card names; RLKVError without one."""
-    name = (gates.card.get("config") or {}).get("model") if gates else None
-    if not name:
-        raise RLKVError("no model is named: give model=pocket, model=FOLDER or model=HUB_ID")
+    require(True, name := recorded_model(gates))
     return name
+
+
+def recorded_model(gates: HeadGates | None) -> str:
+    """The model that the gates' card names, or ""."""
+    config = gates.card.get("config") if gates else None
+    return str(config.get("model") or "") if isinstance(config, dict) else ""
 
 
 def pick_dtype(dtype: str, device: str) -> str:

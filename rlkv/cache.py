@@ -9,6 +9,7 @@ See docs/cache.md for what prompts in chunks, later turns and padding mean.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
@@ -30,9 +31,10 @@ PREFILLS = ("full", "local")
 class HeadwiseCache(Cache):
     """Keys and values of one batch: every token for the mask's full heads, the window for its local heads.
 
-    ``window`` defaults to the mask's. ``prefill="full"``: all heads see the whole prompt, and the local heads
-    are cut to the window after it; ``"local"``: they are windowed in the prompt too. ``block``: full heads
-    grow every so many tokens. Raises RLKVError for a mask of another shape, or a model that can't be split.
+    ``window`` defaults to the mask's, and another is warned of. ``prefill="full"``: all heads see the whole
+    prompt, and the local heads are cut to the window after it; ``"local"``: they are windowed in the prompt
+    too. ``block``: full heads grow every so many tokens. Raises RLKVError for a mask of another shape, or a
+    model that can't be split.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class HeadwiseCache(Cache):
             if not mask.full.all():
                 raise RLKVError("the mask records no window; pass window=Window(16, 64), say")
             window = Window(0, 1)
+        for line in mask.remarks(window):
+            warnings.warn(line, stacklevel=2)
         self.mask, self.window, self.prefill, self.block = mask, window, prefill, block
         self.chunking = False
         self._layers = [HeadwiseLayer(self, full) for full in mask.full]

@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None, program: Program = RLKV) -> int
     except BrokenPipeError:  # the reader of a pipe has gone, as with `rlkv eval … | head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a path that can't be written, a full disk, a server that does not answer
+        reason = error.strerror or str(error) or type(error).__name__
+        complain(f"error: {error.filename}: {reason}" if error.filename else f"error: {reason}", colour=31)
+        return 2
 
 
 def dispatch(words: list[str], program: Program) -> int:

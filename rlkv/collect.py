@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkv.config import plain
-from rlkv.data import PromptSet
+from rlkv.data import Encoded, PromptSet
 from rlkv.errors import RLKVError
 from rlkv.files import whole_lines, write_atomically
 from rlkv.loading import load_model
@@ -70,6 +70,9 @@ class CollectConfig:
             raise RLKVError(f"bucket_counts must be 0 or more, and not all 0; got {counts}")
         if self.held_out < 0 or self.max_candidates < 0:
             raise RLKVError("held_out and max_candidates must be 0 or more")
+        for name in ("max_prompt_tokens", "max_new_tokens", "slots"):
+            if getattr(self, name) < 1:
+                raise RLKVError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
 
 @dataclass
@@ -102,7 +105,9 @@ def collect(
     config.check()
     folder = Path(config.output)
     reward = get_reward(config.reward)
-    guard(config, folder)
+    rows = read_rows(folder / "candidates.jsonl")
+    if rows:
+        check_same_settings(config, folder)
     if model is None:
         model, tokenizer = load_model(config.model, config.dtype, config.device)
     found = PromptSet.from_spec(
@@ -114,10 +119,11 @@ def collect(
     )
     prompts = found.encode(tokenizer, config.max_prompt_tokens, say)
     chosen = prompts.order(0, config.seed)[: config.max_candidates or None]
-    rows = read_rows(folder / "candidates.jsonl")
-    done = {row["row"] for row in rows}
-    if any(row["row"] >= len(prompts) or prompts.problems[row["row"]].id != row["id"] for row in rows):
+    if not all(is_candidate(row, prompts) for row in rows):
         raise RLKVError(f"{folder}: its candidates are not those of {config.data}; give another output")
+    done = {row["row"] for row in rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "collect.json", json.dumps(depends(config), indent=2))
     left = [index for index in chosen if index not in done]
     if done:
         say(f"{len(done)} candidates are answered already, {len(left)} are left.")
@@ -155,19 +161,30 @@ def collect(
     return draw(config, [row for row in rows if row["row"] in wanted], prompts.skipped, say)
 
 
-def guard(config: CollectConfig, folder: Path) -> None:
-    """Record what the candidates depend on; refuse a folder whose candidates were made otherwise."""
-    depends = {name: plain(config)[name] for name in DEPENDS}
+def depends(config: CollectConfig) -> dict[str, Any]:
+    """The settings that the candidates depend on."""
+    return {name: plain(config)[name] for name in DEPENDS}
+
+
+def check_same_settings(config: CollectConfig, folder: Path) -> None:
+    """Raise RLKVError if the folder's candidates were answered with other settings."""
     path = folder / "collect.json"
-    if path.is_file():
-        for name, old in json.loads(path.read_text()).items():
-            if depends.get(name) != old:
-                raise RLKVError(
-                    f"{folder} was made with {name}={old!r}, "
-                    f"now it is {depends.get(name)!r}: give another output"
-                )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(depends, indent=2).encode())
+    if not path.is_file():
+        return
+    now = depends(config)
+    for name, old in json.loads(path.read_text()).items():
+        if now.get(name) != old:
+            raise RLKVError(
+                f"{folder} was made with {name}={old!r}, now it is {now.get(name)!r}: give another output"
+            )
+
+
+def is_candidate(row: dict[str, Any], prompts: Encoded) -> bool:
+    """Whether ``row`` answers the problem that stands in its place."""
+    if row["row"] >= len(prompts):
+        return False
+    problem = prompts.problems[row["row"]]
+    return (row["id"], row["prompt"], row["answer"]) == (problem.id, problem.prompt, problem.answer)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -204,6 +221,9 @@ def draw(
         for what, got, want in (("training", train, counts[bucket]), ("held-out", test, after - before)):
             if len(got[-1]) < want:
                 say(f"SHORTFALL: {len(got[-1])} of {want} {what} problems with {low}-{high} tokens of answer")
+    (folder / "test.jsonl").unlink(
+        missing_ok=True
+    )  # an earlier draw's: its problems may be in train.jsonl now
     write_rows(folder / "train.jsonl", (row for rows in train for row in rows))
     if config.held_out:
         write_rows(folder / "test.jsonl", (row for rows in test for row in rows))

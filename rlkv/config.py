@@ -2,15 +2,16 @@
 
     config = load(TrainConfig, "configs/pocket.yaml", ["seed=2", "window=16+64", "sparsities=0.25,0.5"])
 
-Values are converted to the annotated type: int, float, bool, str, Path, Literal, lists, tuples, unions,
-nested dataclasses (``a.b=value``), and any class with a ``parse`` classmethod, such as ``Window``. An unknown
-key or a value of the wrong type raises ``RLKVError``.
+Values are converted to the annotated type: int, float (finite), bool, str, Path, Literal, lists, tuples,
+unions, nested dataclasses (``a.b=value``), and any class with a ``parse`` classmethod, such as ``Window``. An
+unknown key or a value of the wrong type raises ``RLKVError``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -140,16 +141,24 @@ def convert_scalar(value: Any, kind: Any, key: str) -> Any:
         if kind is bool and (is_flag or str(value).lower() in TRUE | FALSE):
             return value if is_flag else str(value).lower() in TRUE
         if kind is float and isinstance(value, str | int | float) and not is_flag:
-            return float(value)
+            return to_float(value)
         if kind is int and isinstance(value, str | int | float) and not is_flag:
             return to_int(value)
         if kind in (str, Path) and isinstance(value, str | int | float | Path) and not is_flag:
             return kind(value)
     except RLKVError as error:
         raise RLKVError(f"setting {key!r}: {error}") from None
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise wrong(key, value, kind)
+
+
+def to_float(value: str | int | float) -> float:
+    """A finite number; text that is none raises ValueError, NaN and infinity RLKVError."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise RLKVError(f"expected a finite number, got {value!r}")
+    return number
 
 
 def to_int(value: str | int | float) -> int:

@@ -6,6 +6,7 @@ id.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ class Problem:
     id: str
     task: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits that tell it from another problem of the same id."""
+        return hashlib.sha256(json.dumps([self.prompt, self.answer]).encode()).hexdigest()[:12]
 
 
 @dataclass
@@ -204,7 +210,12 @@ def chat_tokens(tokenizer: Any, prompt: str) -> tuple[list[int], bool]:
 def _read_json(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise RLKVError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RLKVError(
+            f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})"
+        ) from None
     if path.suffix == ".json":
         try:
             rows = json.loads(text)

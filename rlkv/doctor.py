@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 Status = Literal["ok", "missing", "warn"]
-TORCH, TRANSFORMERS = (2, 11), (5, 2)
+TRANSFORMERS = (5, 2)
 TRIED_TRANSFORMERS = (5, 23)  # the newest that the tests have run with
+CAPABILITY = (8, 0)  # of a GPU: the first with bfloat16, which the kernels compute in
 HUB_TIMEOUT = 3.0  # seconds
 
 
@@ -39,6 +40,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "transformers",
         "GPU",
     ),
+    "Triton kernels, for sampling and training on a GPU": ("torch", "GPU kernels", "triton"),
+    "rlkv serve, on SGLang": ("torch", "GPU kernels", "triton", "sglang", "SGLang plugin"),
     "models and prompts from the hub": ("hub", "datasets"),
     "math rewards": ("math-verify",),
     "benchmarks, baselines and the paper's tables": ("rlkv-eval", "datasets", "math-verify"),
@@ -91,10 +94,6 @@ def check_python() -> Finding:
     return Finding("python", "ok", f"{platform.python_version()} at {sys.executable}")
 
 
-def check_torch() -> Finding:
-    return _versioned("torch", TORCH, "pip install torch==2.13.0")
-
-
 def check_transformers() -> Finding:
     finding = _versioned("transformers", TRANSFORMERS, "pip install 'transformers>=5.2'")
     if finding.status == "ok" and _numbers(finding.detail) > TRIED_TRANSFORMERS:
@@ -121,6 +120,33 @@ def check_gpu() -> Finding:
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         return Finding("GPU", "missing", f"{detail}; torch is a CPU build", "a CUDA build of torch")
     return Finding("GPU", "missing", detail, "nothing: the pocket model runs on a CPU")
+
+
+def check_kernels() -> Finding:
+    """Whether the GPU can run the kernels: a CUDA device that computes in bfloat16."""
+    try:
+        import torch
+
+        found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    except Exception as error:  # as in check_gpu
+        return Finding(
+            "GPU kernels", "missing", f"torch can't say: {error}", "mend torch and the NVIDIA driver"
+        )
+    least = ".".join(map(str, CAPABILITY))
+    if found is None:
+        advice = f"nothing, they only make it faster; else a GPU of compute capability {least} or above"
+        return Finding("GPU kernels", "missing", "no CUDA device", advice)
+    detail = f"compute capability {found[0]}.{found[1]}"
+    if found < CAPABILITY:
+        return Finding("GPU kernels", "missing", f"{detail}: no bfloat16", f"a GPU of {least} or above")
+    return Finding("GPU kernels", "ok", f"{detail}, bfloat16")
+
+
+def check_plugin() -> Finding:
+    """Whether SGLang will find ours: it looks for entry points."""
+    if any(point.name == "rlkv" for point in metadata.entry_points(group="sglang.srt.plugins")):
+        return Finding("SGLang plugin", "ok", _version("rlkv-sglang") or "")
+    return Finding("SGLang plugin", "missing", "optional", "pip install -e sglang, in the repository")
 
 
 def check_hub() -> Finding:
@@ -161,10 +187,17 @@ def check_pocket() -> Finding:
     return Finding("pocket weights", "ok", f"{sum(file.stat().st_size for file in weights) / 2**20:.1f} MiB")
 
 
-def package(name: str, install: str, module: str = "", optional: bool = False) -> Callable[[], Finding]:
-    """A check for an installed package; without an optional one nothing of the core is lost."""
+def package(
+    name: str, install: str, module: str = "", optional: bool = False, least: tuple[int, int] | None = None
+) -> Callable[[], Finding]:
+    """A check for an installed package; without an optional one nothing of the core is lost.
+
+    One that must have at least the version ``least`` must import, too.
+    """
 
     def check() -> Finding:
+        if least is not None:
+            return _versioned(name, least, install, module)
         if importlib.util.find_spec(module or name) is None or not (version := _version(name)):
             return Finding(name, "missing", "optional" if optional else "", install)
         return Finding(name, "ok", version)
@@ -172,14 +205,14 @@ def package(name: str, install: str, module: str = "", optional: bool = False) -
     return check
 
 
-def _versioned(name: str, least: tuple[int, int], install: str) -> Finding:
+def _versioned(name: str, least: tuple[int, int], install: str, module: str = "") -> Finding:
     version = _version(name)
     if version is None:
         return Finding(name, "missing", "", install)
     if _numbers(version) < least:
         return Finding(name, "missing", f"{version} is too old", install)
     try:
-        importlib.import_module(name)
+        importlib.import_module(module or name)
     except Exception as error:  # a half-installed package raises many types
         return Finding(name, "missing", f"{version} does not import: {error}", install)
     return Finding(name, "ok", version)
@@ -200,13 +233,14 @@ def _numbers(version: str) -> tuple[int, int]:
 
 CHECKS: list[Callable[[], Finding]] = [
     check_python,
-    check_torch,
+    package("torch", "pip install torch==2.13.0", least=(2, 11)),
     check_gpu,
     check_transformers,
-    package("triton", "pip install -e '.[gpu]', in the repository"),
+    check_kernels,
+    package("triton", "pip install -e '.[gpu]', in the repository", least=(3, 5)),
     package("rich", "pip install rich"),
     package("datasets", "pip install -e '.[train]', in the repository"),
-    package("math-verify", "pip install math-verify", module="math_verify"),
+    package("math-verify", "pip install 'math-verify[antlr4_13_2]'", "math_verify", least=(0, 8)),
     package("tensorboard", "pip install tensorboard"),
     package("matplotlib", "pip install matplotlib"),
     check_hub,
@@ -214,6 +248,7 @@ CHECKS: list[Callable[[], Finding]] = [
     check_pocket,
     package("rlkv-eval", "pip install -e eval, in the repository", module="rlkv_eval"),
     package("sglang", "pip install sglang==0.5.17, in an environment of its own", optional=True),
+    check_plugin,
     package("areal", "pip install areal, in an environment of its own", optional=True),
     package("vllm", "pip install vllm, in an environment of its own", optional=True),
 ]

@@ -118,6 +118,7 @@ def claim(mask: HeadMask, path: Path) -> None:
     old = HeadMask.load(path) if path.is_file() else mask
     if not old.full.equal(mask.full) or old.window != mask.window:
         raise RLKVError(
-            f"{path} is another mask than the one to evaluate (other gates?): choose another output"
+            f"{path} is another mask than the one to evaluate (other gates?): choose another output, or "
+            f"delete {path.parents[1]}"
         )
     mask.save(path)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +26,7 @@ from rlkv.support import ModelShape, check_fit
 from rlkv.window import Window
 
 TABLES = ("gates.tsv", "adapter_weights.tsv", "full_attention_heads.tsv")
+WINDOWS = ("window", "deploy_window")  # of a card: of training, and the one meant for use
 
 
 @dataclass
@@ -77,14 +80,12 @@ class HeadGates:
                 f"{table}: its checksum is not the one in card.json, so the table was changed or cut short; "
                 "restore it, or copy the table alone elsewhere to read it as a bare TSV"
             )
-        try:
+        with _naming(table):
             gates = cls(values, window=window, model=shape, card=card)
             if shape is not None:
                 check_fit("gates", values.shape, None, shape)
             if model is not None:
                 gates.model = gates.check(model)
-        except RLKVError as error:
-            raise RLKVError(f"{table}: {error}") from None
         return gates
 
     def check(self, model: Any) -> ModelShape:
@@ -196,21 +197,36 @@ def _parse_table(content: bytes, table: Path) -> torch.Tensor:
 def _read_origin(table: Path) -> tuple[dict[str, Any], Window | None, ModelShape | None]:
     """Card, window and model shape from the JSON beside a table: our card, or DuoAttention's config."""
     if table.name == "gates.tsv":
-        card = _read_json(table.with_name("card.json"))
-        window = Window.parse(card["window"]) if card.get("window") else None
-        shape = ModelShape.from_dict({**card, "name": card.get("model", "")}) if "layers" in card else None
-        return card, window, shape
-    config = _read_json(table.with_name("config.json")) if table.name == TABLES[2] else {}
+        path = table.with_name("card.json")
+        card = _read_json(path)
+        with _naming(path):
+            windows = {key: Window.parse(card[key]) for key in WINDOWS if card.get(key)}
+            shape = (
+                ModelShape.from_dict({**card, "name": card.get("model", "")}) if "layers" in card else None
+            )
+        return card, windows.get("window"), shape
+    path = table.with_name("config.json")
+    config = _read_json(path) if table.name == TABLES[2] else {}
     if "sink_size" in config and "recent_size" in config:
-        return {}, Window(config["sink_size"], config["recent_size"]), None
+        with _naming(path):
+            return {}, Window.parse(f"{config['sink_size']}+{config['recent_size']}"), None
     return {}, None, None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file an RLKVError is about."""
+    try:
+        yield
+    except RLKVError as error:
+        raise RLKVError(f"{path}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RLKVError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(record, dict):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from rlkv.attention import Mixed
-from rlkv.logprobs import check_head, response_logprobs
+from rlkv.family import FamilyForward
+from rlkv.logprobs import check_head, response_logprobs, to_device
 from rlkv.objective import advantages, policy_loss
 from rlkv.penalty import Penalty, reward_factor
 from rlkv.rewards import Verdict
@@ -69,6 +70,8 @@ class Learner:
 
     def __init__(self, model: Any, gates: torch.Tensor, config: TrainConfig, penalty: Penalty) -> None:
         check_head(model)
+        if model.device.type == "cuda" and FamilyForward.fits(model):
+            FamilyForward(model, join=True)
         self.model, self.config, self.penalty = model, config, penalty
         self.gates = torch.nn.Parameter(gates.to(model.device, torch.float32))
         self.optimiser = torch.optim.AdamW(
@@ -109,10 +112,10 @@ class Learner:
         useful = [sample for sample in samples if sample.advantage != 0 and sample.response]
         sums = torch.zeros(4, dtype=torch.float64, device=self.gates.device)
         trained = sum(len(sample.response) for sample in useful)
+        mixed = Mixed(self.gates, self.config.window)
         for batch in pack(useful, self.config.max_tokens_per_microbatch):
-            new = self.logprobs(batch)
             flat = policy_loss(
-                new,
+                self.logprobs(batch, mixed),
                 self.join([torch.tensor(sample.logprobs) for sample in batch]),
                 self.join([torch.full((len(sample.response),), sample.advantage) for sample in batch]),
                 prox=None if batch[0].prox is None else self.join([sample.prox for sample in batch]),
@@ -144,15 +147,14 @@ class Learner:
             "trained_fraction": trained / max(total, 1),
         }
 
-    def logprobs(self, batch: list[Sample]) -> torch.Tensor:
+    def logprobs(self, batch: list[Sample], mixed: Mixed) -> torch.Tensor:
         """Under the current gates, at the sampling temperature: [response tokens of the batch]."""
         rows = [(sample.prompt, sample.response) for sample in batch]
-        mixed = Mixed(self.gates, self.config.window)
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
-            return response_logprobs(self.model, rows, self.config.temperature, rlkv=mixed)
-        self.model.train()  # transformers recomputes layers only in training mode
+            return response_logprobs(self.model, rows, self.config.temperature, mixed)
+        self.model.train()  # layers are recomputed only in training mode
         try:
-            return response_logprobs(self.model, rows, self.config.temperature, rlkv=mixed)
+            return response_logprobs(self.model, rows, self.config.temperature, mixed)
         finally:
             self.model.eval()
 
@@ -160,13 +162,14 @@ class Learner:
     def remember_prox(self, samples: list[Sample]) -> None:
         """Keep the log-probabilities before the first of several updates."""
         useful = [sample for sample in samples if sample.advantage != 0 and sample.response]
+        mixed = Mixed(self.gates, self.config.window)
         for batch in pack(useful, self.config.max_tokens_per_microbatch):
             lengths = [len(sample.response) for sample in batch]
-            for sample, prox in zip(batch, self.logprobs(batch).split(lengths), strict=True):
+            for sample, prox in zip(batch, self.logprobs(batch, mixed).split(lengths), strict=True):
                 sample.prox = prox
 
     def join(self, pieces: list[Any]) -> torch.Tensor:
-        return torch.cat(pieces).to(self.gates.device, torch.float32)
+        return to_device(torch.cat(pieces).float(), self.gates.device)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: copies on the CPU."""

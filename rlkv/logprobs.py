@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 
+from rlkv.attention import Mixed
+from rlkv.attention.fused import takes
 from rlkv.errors import RLKVError
+from rlkv.family import FamilyForward, use_kernels
+from rlkv.support import check_model
 
-ROUND = 256  # rows of a batch on CUDA are padded to a multiple of so many tokens
+ROUND = 128  # tokens
 LOGIT_BYTES = 512 * 2**20  # of float32 logits at a time
 
 
@@ -28,12 +32,10 @@ class _ChosenLogProb(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, len(tokens), block):
             rows = slice(start, start + block)
-            logits = torch.nn.functional.linear(hidden[rows], weight).float() / temperature
-            logits = torch.log_softmax(logits, dim=-1)
-            result[rows] = logits.gather(1, tokens[rows, None])[:, 0]
+            logits = torch.nn.functional.linear(hidden[rows], weight)
+            result[rows], likely = chosen_softmax(logits, tokens[rows], temperature, slopes is not None)
             if slopes is not None:
-                expected = logits.exp_().to(weight.dtype) @ weight
-                slopes[rows] = (weight[tokens[rows]] - expected) / temperature
+                slopes[rows] = (weight[tokens[rows]] - likely @ weight) / temperature
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return result
@@ -42,6 +44,21 @@ class _ChosenLogProb(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (slopes,) = ctx.saved_tensors
         return (grads[0][:, None] * slopes.float()).to(slopes.dtype), None, None, None
+
+
+def chosen_softmax(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [n]: log softmax(logits / temperature)[token], and with ``keep`` all probabilities [n, V].
+
+    The memory of ``logits`` [n, V] is used up.
+    """
+    if use_kernels(logits.device):
+        from rlkv.kernels.vocabulary import chosen_softmax_
+
+        return chosen_softmax_(logits, tokens, temperature, keep), logits
+    wide = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return wide.gather(1, tokens[:, None])[:, 0], wide.exp_().to(logits.dtype) if keep else logits
 
 
 def chosen_logprobs(
@@ -70,17 +87,52 @@ def check_head(model: Any) -> None:
         )
 
 
+def final_hidden(model: Any, ids: torch.Tensor, mixed: Mixed) -> torch.Tensor:
+    """[rows, tokens, width] after the final norm, of rows ``ids`` that each are one sequence.
+
+    On the kernels where model and device allow it, else by the model's own forward.
+    """
+    whole = mixed.cu_seqlens is None and mixed.path in ("auto", "kernel")
+    head_dim = check_model(model).head_dim
+    if not (whole and FamilyForward.fits(model) and takes(model.dtype, model.device, head_dim)):
+        return model.base_model(ids, use_cache=False, rlkv=mixed).last_hidden_state
+    from rlkv.kernels.mixed import mixed_attention
+
+    rows, length = ids.shape
+
+    def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        gates, closed = mixed.layer(layer), mixed.closed(layer)
+        scaling = query.shape[-1] ** -0.5
+        return mixed_attention(
+            query, key, value, gates, [length] * rows, mixed.window, scaling, closed=closed
+        )
+
+    positions = torch.arange(length, device=ids.device).repeat(rows)
+    return FamilyForward(model)(ids.flatten(), positions, attend).view(rows, length, -1)
+
+
+def padded(width: int) -> int:
+    """Tokens of a row on CUDA: few shapes, since cuDNN plans each one for a tenth of a second."""
+    return -(-width // ROUND) * ROUND
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``values`` there, without waiting for the work that the device still has."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def response_logprobs(
-    model: Any, rows: list[tuple[list[int], list[int]]], temperature: float, **forward: Any
+    model: Any, rows: list[tuple[list[int], list[int]]], temperature: float, rlkv: Mixed
 ) -> torch.Tensor:
     """float32 [all response tokens, row after row] for rows of (prompt tokens, response tokens).
 
-    Rows are padded on the right, which causal attention never sees, so no mask is needed. ``forward`` goes to
-    the model (``rlkv=Mixed(...)``).
+    Rows are padded on the right, which causal attention never sees, so no mask is needed.
     """
     width = max(len(prompt) + len(response) for prompt, response in rows)
-    if model.device.type == "cuda":  # few shapes: cuDNN plans each one for a tenth of a second
-        width = -(-width // ROUND) * ROUND
+    if model.device.type == "cuda":
+        width = padded(width)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     where: list[int] = []
     at: list[int] = []
@@ -88,7 +140,7 @@ def response_logprobs(
         ids[index, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         at += range(len(prompt) - 1, len(prompt) + len(response) - 1)
         where += [index] * len(response)
-    device = model.device
-    ids, row, column = ids.to(device), torch.tensor(where, device=device), torch.tensor(at, device=device)
-    hidden = model.base_model(ids, use_cache=False, **forward).last_hidden_state[row, column]
+    tensors = (ids, torch.tensor(where), torch.tensor(at))
+    ids, row, column = (to_device(tensor, model.device) for tensor in tensors)
+    hidden = final_hidden(model, ids, rlkv)[row, column]
     return chosen_logprobs(hidden, model.get_output_embeddings(), ids[row, column + 1], temperature)

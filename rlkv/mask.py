@@ -77,7 +77,7 @@ class HeadMask:
             kept = tp * round((1 - sparsity) * heads / tp)
             full = ranks.argsort(dim=1).argsort(dim=1) < kept
         else:
-            full = _keep_blocks(ranks, round((1 - sparsity) * layers * heads), tp)
+            full = _keep_blocks(ranks, round((1 - sparsity) * ranks.numel()), tp)
         return cls(full, window, model, float(sparsity), seed, rounding, tp)
 
     @classmethod
@@ -101,6 +101,12 @@ class HeadMask:
     def check(self, model: Any) -> ModelShape:
         """The model's shape; raises RLKVError if this mask has another shape or was made for another."""
         return check_fit("mask", self.full.shape, self.model, model)
+
+    def remarks(self, window: Window) -> list[str]:
+        """What a user should know before this mask is used with ``window``; a line each."""
+        if self.window in (None, window) or self.full.all():
+            return []
+        return [f"WARNING: a mask made for window {self.window} is used with {window}."]
 
     def kv_bytes(
         self,
@@ -178,7 +184,7 @@ class HeadMask:
                 record["rounding"],
                 record["tp"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RLKVError(f"{path}: not a head mask ({error})") from None
         return mask
 

@@ -8,20 +8,22 @@ model is pressed harder; about 4e-4 * c a gate, the size of the policy gradient 
 **Target** s (ours; the paper tunes beta by hand). AdamW makes steps of about the learning rate whatever the
 gradient's size, so beta alone cannot stop at a sparsity: gates that matter little fall together and pass the
 target together. In our simulation (tests/test_penalty.py) changing beta, even its sign, left the sparsity .15
-to .25 off. So the pressure is divided by rank, as the mask will be (it keeps the top 1 - s):
+to .25 off. And stopping the fall at the target stops the ranking too: which gates passed it first is chance
+(LOG.md: a mask of 61 % where the gates had 97 %). So the run ranks first and lands then:
 
-- the round(s * n) lowest gates are always pushed down;
-- the others feel the same push times u = clip((s - sparsity) / 0.1, -1, 1): all of it at first, which is the
-  paper's penalty; none at the target, where only the reward moves them; the opposite beyond it, which pulls
-  them back.
+- The first half is the paper's penalty, whatever the target, until the gates that matter stand apart.
+- Then the pressure is divided by rank, as the mask will be (it keeps the top 1 - s). The round(s * n) lowest
+  gates are always pushed down; gates that are equal, at 0 say, rank by their mean over the run. The others
+  feel the same push times u = clip((s - sparsity) / 0.1, -1, 1): the whole push well below the target; none
+  at the target, where only the reward moves them; the opposite beyond it, which pulls them back.
 
 Where two gates change places they change sides, so a head that turns out to matter comes back and the weakest
 kept head falls in its stead: the ranking stays open. ``sparsity`` counts a gate 1 below .25, 0 above .75 and
 linearly between, so that the brake acts before gates cross; at the end, with the gates apart, it is
-``gate_sparsity``. beta is multiplied by exp(integral), integral += 0.05 * |s - sparsity| up to 3, so that a
-miss on either side that stays is pushed at harder and harder. While rbar <= tau nothing is pushed down and
-the integral waits. In the last third of the run c is at least c(tau): the mask will be deployed at s anyway,
-so heads must be ranked there. Landing needs learning rate * steps above 1.
+``gate_sparsity``. beta is multiplied by exp(integral), integral += 0.05 * the miss up to 3: in the first half
+while the sparsity is below the target, then on either side of it. While rbar <= tau nothing is pushed down
+and the integral waits. In the last third of the run c is at least c(tau): the mask will be deployed at s
+anyway, so heads must be ranked there. Landing needs learning rate * steps above 2.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ import torch
 
 from rlkv.errors import RLKVError
 
-WIDTH, GAIN, HIGHEST, DEADLINE = 0.1, 0.05, 3.0, 2 / 3
+WIDTH, GAIN, HIGHEST = 0.1, 0.05, 3.0
+LANDING, DEADLINE = 1 / 2, 2 / 3  # of the steps
 
 
 def reward_factor(reward: float, tau: float) -> float:
@@ -49,7 +52,7 @@ def gate_sparsity(gates: torch.Tensor) -> float:
 class Penalty:
     """beta * c(rbar) * mean|gate|, steered towards ``target`` (None: the paper's fixed beta) over ``steps``.
 
-    Call once a step, after that step's rewards: the state (the integral) advances with each call.
+    Call once a step, after that step's rewards: the state (integral, mean gates) advances with each call.
     """
 
     def __init__(self, beta: float, tau: float, target: float | None = None, steps: int = 0) -> None:
@@ -61,6 +64,7 @@ class Penalty:
             raise RLKVError("target_sparsity needs a penalty above 0 to press with")
         self.beta, self.tau, self.target, self.steps = beta, tau, target, steps
         self.integral = 0.0
+        self.mean: torch.Tensor | None = None  # of the gates so far, flat
 
     def gradient(self, gates: torch.Tensor, reward: float, step: int) -> torch.Tensor:
         """d penalty / d gates at step ``step`` (from 0), same shape as ``gates``; all gates are in [0, 1]."""
@@ -68,16 +72,22 @@ class Penalty:
         if self.target is None:
             return torch.full_like(gates, self.beta * c / gates.numel())
         flat = gates.detach().flatten()
+        past = flat if self.mean is None else self.mean.to(flat)
+        self.mean = past + (flat - past) / (step + 1)
         error = self.target - ((0.75 - flat) / 0.5).clamp(0, 1).mean().item()
-        floor = math.expm1(self.tau)
         if step >= DEADLINE * self.steps:
-            c = max(c, floor)
-        if c > 0 or error < 0:
+            c = max(c, math.expm1(self.tau))
+        landing = step >= LANDING * self.steps
+        if (c > 0 and error > 0) or (landing and error < 0):
             self.integral = min(HIGHEST, self.integral + GAIN * abs(error))
-        push = max(-1.0, min(1.0, error / WIDTH))
-        kept = push * (c if push > 0 else max(c, floor))  # pulling back needs no reward: it brings reward
-        weights = torch.full_like(flat, kept)
-        weights[flat.argsort(stable=True)[: round(self.target * flat.numel())]] = c
+        weights = torch.full_like(flat, c)
+        if landing:
+            push = max(-1.0, min(1.0, error / WIDTH))
+            # pulling back needs no reward: it brings reward
+            weights[:] = push * (c if push > 0 else max(c, math.expm1(self.tau)))
+            order = self.mean.argsort(stable=True)
+            lowest = order[flat[order].argsort(stable=True)][: round(self.target * flat.numel())]
+            weights[lowest] = c
         return (self.effective_beta / flat.numel() * weights).view_as(gates)
 
     @property
@@ -87,8 +97,8 @@ class Penalty:
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"integral": self.integral}
+        return {"integral": self.integral, "mean": self.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
-        self.integral = state["integral"]
+        self.integral, self.mean = state["integral"], state["mean"]

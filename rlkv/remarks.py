@@ -1,9 +1,13 @@
-"""What a user should know before the first step of a training run."""
+"""What a user should know of a training run: before its first step, and when a step went wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rlkv.settings import TrainConfig
 from rlkv.support import ModelShape
+
+MASK_LOSS = 0.05  # of accuracy, from soft gates to the mask, that is worth a word
 
 
 def remarks(config: TrainConfig, shape: ModelShape, steps: int, done: int) -> list[str]:
@@ -29,9 +33,28 @@ def remarks(config: TrainConfig, shape: ModelShape, steps: int, done: int) -> li
     if not config.validation_data or not config.validate_every:
         lines.append("No validation: the last gates are kept.")
     mean_rate = (config.learning_rate + config.learning_rate_at(steps - 1, steps)) / 2
-    if config.target_sparsity is not None and mean_rate * steps < 1:
+    if config.target_sparsity is not None and mean_rate * steps < 2:
         lines.append(
-            f"WARNING: {steps} steps of about {mean_rate:g} can hardly bring a gate from 1 to 0; "
+            f"WARNING: {steps} steps of about {mean_rate:g} can hardly bring a gate from 1 to 0 and back; "
             "target_sparsity may be missed."
         )
     return lines
+
+
+def step_remarks(step: int, values: Mapping[str, float]) -> list[str]:
+    """What went wrong in a step, from its metrics; a line each."""
+    if not values.get("skipped_update"):
+        return []
+    return [f"WARNING: step {step}: its gradient is not finite, the update was skipped (see metrics.jsonl)."]
+
+
+def last_remarks(values: Mapping[str, float], sparsity: float) -> list[str]:
+    """What the last validation says of the mask of ``sparsity``; a line each."""
+    gates, mask = values.get("validation_gates", 0.0), values.get("validation_mask", 0.0)
+    if mask >= gates - MASK_LOSS:
+        return []
+    return [
+        f"WARNING: with {sparsity:.1%} of the heads local the mask answers {mask:.1%} of the validation "
+        f"problems, the soft gates {gates:.1%}: heads that are still needed are cut. Keep more heads "
+        "(rlkv rank GATES max_loss=0.02 finds how many) or train longer."
+    ]

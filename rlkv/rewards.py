@@ -9,10 +9,11 @@ text is scored 0 without asking, unless the function has the attribute ``grades_
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from rlkv.errors import RLKVError
 
 KINDS = ("correct", "wrong", "truncated", "no_answer", "error")
 THINK, END_THINK = "<think>", "</think>"
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def math(text: str, problem: Problem) -> Verdict:
     if answer is None:
         return Verdict(0.0, "no_answer")
     gold = last_boxed(problem.answer) or problem.answer.strip().strip("$").strip()
-    if answer == gold:
+    if answer == gold or _same_number(gold, answer):
         return _right(True)
     from math_verify import verify
     from math_verify.errors import TimeoutException
@@ -86,6 +88,12 @@ def math(text: str, problem: Problem) -> Verdict:
         return _right(bool(verify(*sides, timeout_seconds=_timeout(), raise_on_error=True)))
     except (Exception, TimeoutException):  # sympy fails in many ways on strange input; the count is reported
         return Verdict(0.0, "error")
+
+
+def _same_number(gold: str, answer: str) -> bool:
+    """Whether both are plain numbers of one value; math-verify can't read ``7.`` and ``1e3``."""
+    plain = NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer)
+    return bool(plain) and Decimal(gold) == Decimal(answer)
 
 
 def _right(equal: bool) -> Verdict:
@@ -110,8 +118,13 @@ def get_reward(name: str) -> Reward:
     if name == "exact":
         return exact
     if name == "math":
-        if importlib.util.find_spec("math_verify") is None:
-            raise RLKVError("reward math: the package math-verify is missing; run `pip install math-verify`")
+        try:
+            importlib.import_module("math_verify")
+        except Exception as error:  # of what it builds on, too, which raises many types
+            raise RLKVError(
+                f"reward math: math-verify does not import ({error}); "
+                "run `pip install 'math-verify[antlr4_13_2]'`"
+            ) from None
         return math
     module_name, colon, attribute = name.partition(":")
     if not colon:

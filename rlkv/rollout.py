@@ -58,7 +58,8 @@ def make_sampler(model: Any, config: TrainConfig, max_length: int) -> Sampler | 
     """The sampler that ``config`` asks for, with room for ``max_length`` tokens a request."""
     common: dict[str, Any] = {"slots": config.slots, "max_length": max_length, "prefill": config.prefill}
     if config.kv_gib:
-        return PagedSampler(model, config.window, kv_bytes=int(config.kv_gib * 2**30), **common)
+        pages = int(config.kv_gib * 2**30)  # their memory is the update's in between
+        return PagedSampler(model, config.window, kv_bytes=pages, release=True, **common)
     return Sampler(model, config.window, **common)
 
 

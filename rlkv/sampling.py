@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from rlkv.errors import RLKVError
+from rlkv.kernels import available
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class SamplingParams:
             raise RLKVError(f"sampling: top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k < 0:
             raise RLKVError(f"sampling: top_k must be 0 (off) or more, got {self.top_k}")
+
+    def keeps_all(self, vocabulary: int) -> bool:
+        """Whether neither top-k nor top-p excludes a token."""
+        return self.top_p == 1 and not 0 < self.top_k < vocabulary
 
     def keys(self, requests: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """int64 [requests] keys of the requests' random streams; RLKVError for another number of streams."""
@@ -93,6 +98,10 @@ def choose(
     The log-probability is under softmax(logits / temperature) over the whole vocabulary, before top-k and
     top-p; greedy uses temperature 1. The trainer's log-probabilities are at the same temperature.
     """
+    if logits.is_cuda and params.temperature > 0 and params.keeps_all(logits.shape[-1]) and available():
+        from rlkv.kernels.vocabulary import draw
+
+        return draw(logits.contiguous(), keys, counts, params.temperature, (_STEP, _MIX_1, _MIX_2))
     logits = logits.float()
     if params.temperature not in (0.0, 1.0):
         logits = logits / params.temperature
@@ -105,12 +114,12 @@ def choose(
 def _draw(logprobs: torch.Tensor, params: SamplingParams, draws: torch.Tensor) -> torch.Tensor:
     """Invert the distribution function at ``draws``; float64, as a parallel float32 sum is not monotone."""
     vocabulary = logprobs.shape[-1]
-    top_k = params.top_k if 0 < params.top_k < vocabulary else vocabulary
-    if top_k == vocabulary and params.top_p == 1:
+    if params.keeps_all(vocabulary):
         if vocabulary > CHUNK * CHUNK:
             return _draw_in_two_levels(logprobs.exp(), draws)
         total = logprobs.exp().cumsum(-1, dtype=torch.float64)
         return _invert(total, total[:, -1:], draws)
+    top_k = params.top_k if 0 < params.top_k < vocabulary else vocabulary
     ranked, order = logprobs.topk(top_k, dim=-1) if top_k < vocabulary else logprobs.sort(-1, descending=True)
     total = ranked.double().softmax(-1).cumsum(-1)
     # top-p keeps the smallest set that reaches top_p: a token stays if those before it fall short

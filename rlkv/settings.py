@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
@@ -97,6 +98,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise RLKVError for a value that cannot be meant."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RLKVError(f"{name} must be a finite number, got {value}")
         for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise RLKVError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -107,10 +111,19 @@ class TrainConfig:
             value, allowed = getattr(self, name), get_args(kind)
             if allowed and isinstance(allowed[0], str) and value not in allowed:
                 raise RLKVError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RLKVError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.top_p > 1:
+            raise RLKVError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.final_learning_rate is not None and self.final_learning_rate < 0:
             raise RLKVError(f"final_learning_rate must be 0 or more, got {self.final_learning_rate}")
         if not 0 <= self.eval_sparsity <= 1:
             raise RLKVError(f"eval_sparsity must lie in [0, 1], got {self.eval_sparsity}")
+        if self.patience and not (self.validation_data and self.validate_every):
+            raise RLKVError(
+                "patience counts validations: give validation_data and validate_every, or patience=0"
+            )
         if self.advantage == "group" and self.samples_per_prompt < 2:
             raise RLKVError(
                 "advantage group compares a prompt's samples: samples_per_prompt must be 2 or more"

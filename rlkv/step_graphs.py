@@ -19,15 +19,15 @@ class StepGraphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._seen: set[Hashable] = set()
         self._pool: Any = None
-        self._weights: tuple[int, ...] = ()
+        self._places: tuple[int, ...] = ()
 
-    def refresh(self) -> None:
-        """Forget graphs that read weights which have since moved elsewhere."""
-        weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
-        if weights != self._weights:
-            self._weights = weights
+    def refresh(self, *others: torch.Tensor) -> None:
+        """Forget graphs that read weights, or ``others``, which have since moved elsewhere."""
+        places = tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *others))
+        if places != self._places:
+            self._places = places
             self._graphs.clear()
-            self._seen.clear()
+            self._pool = None  # goes with its graphs
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         if key not in self._seen:  # libraries set themselves up outside a capture

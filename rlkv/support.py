@@ -41,10 +41,17 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> ModelShape:
-        """Read the fields of :meth:`to_dict`; other keys are ignored, a missing one raises RLKVError."""
-        known = {field.name for field in fields(cls)}
+        """Read the fields of :meth:`to_dict`; other keys are ignored.
+
+        RLKVError for a field that is missing or of another type.
+        """
+        known = {field.name: field.type for field in fields(cls)}
+        values = {key: value for key, value in record.items() if key in known}
+        for key, value in values.items():
+            if type(value).__name__ != known[key]:
+                raise RLKVError(f"model shape: {key} should be of type {known[key]}, but is {value!r}")
         try:
-            return cls(**{key: value for key, value in record.items() if key in known})
+            return cls(**values)
         except TypeError as error:
             raise RLKVError(
                 f"model shape: {error}; it needs layers, query_heads, kv_heads, head_dim"

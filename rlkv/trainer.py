@@ -26,7 +26,7 @@ from rlkv.loading import load_model, pick_device, recompute_activations
 from rlkv.mask_learner import MaskLearner
 from rlkv.metrics import Metrics, Progress
 from rlkv.penalty import Penalty, gate_sparsity
-from rlkv.remarks import remarks
+from rlkv.remarks import last_remarks, remarks, step_remarks
 from rlkv.rewards import get_reward
 from rlkv.rollout import Actor, make_sampler, summary
 from rlkv.run_folder import checkpoints, last_state, write_gates
@@ -41,8 +41,8 @@ __all__ = ["TrainConfig", "Trainer", "train"]
 def train(config: TrainConfig, model: Any = None, tokenizer: Any = None) -> HeadGates:
     """Train gates as ``config`` says and write them; returns the gates kept (``config.keep``).
 
-    ``model`` and ``tokenizer`` default to those that ``config`` names. Ctrl-C saves a checkpoint and returns
-    the gates so far. Raises RLKVError for bad settings or input, before anything is sampled.
+    ``model`` and ``tokenizer`` default to those that ``config`` names. Ctrl-C saves a checkpoint, says where,
+    and passes through. Raises RLKVError for bad settings or input, before anything is sampled.
     """
     return Trainer(config, model, tokenizer).run()
 
@@ -130,12 +130,21 @@ class Trainer:
                 metrics.log(self.done, values)
                 state = self.state(metrics.bytes)
                 progress.advance(values)
+                for line in step_remarks(self.done, values):
+                    progress.say(line)
+                if self.done == self.steps:
+                    for line in last_remarks(values, self.config.validated_sparsity):
+                        progress.say(line)
                 if self.done % self.config.checkpoint_every == 0:
                     self.save(state)
         except KeyboardInterrupt:
             # ``state`` is that of the last finished step: what the broken one did is dropped
-            self.restore(state)
-            progress.say(f"Stopped after step {self.done} of {self.steps}, saved; go on with resume=true.")
+            path = self.save(state)
+            progress.say(
+                f"Stopped after step {state['step']} of {self.steps}, saved in {path}: "
+                "give the same command with resume=true to go on."
+            )
+            raise
         finally:
             progress.close()
             metrics.close()
@@ -225,7 +234,7 @@ class Trainer:
         checkpoint.restore_random_states(state["random"])
 
     def save(self, state: dict[str, Any]) -> Path:
-        return checkpoint.save(checkpoints(self.config), self.done, state, self.config.keep_checkpoints)
+        return checkpoint.save(checkpoints(self.config), state["step"], state, self.config.keep_checkpoints)
 
     def finish(self) -> HeadGates:
         """Write the kept gates with their card (and the last ones apart, if others are kept)."""

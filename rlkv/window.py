@@ -64,9 +64,9 @@ class Window:
 
     @classmethod
     def parse(cls, text: str) -> Window:
-        """Read ``"16+64"``."""
+        """Read ``"16+64"``; RLKVError for anything else, a number in a card, say."""
         try:
-            sink, recent = (int(part) for part in text.split("+"))
+            sink, recent = (int(part) for part in str(text).split("+"))
         except ValueError:
             raise RLKVError(f"window: expected SINK+RECENT such as 16+64, got {text!r}") from None
         return cls(sink, recent)

@@ -205,9 +205,13 @@ def study(config: StudyConfig) -> None:
     results = merge(config)
     landed = {}
     for target in config.targets:
-        last = config.output / f"target-{target:g}" / "last"
-        gates = HeadGates.load(last if last.is_dir() else last.parent)
-        landed[f"{target:g}"] = gate_sparsity(gates.values)
+        folder = config.output / f"target-{target:g}"
+        last = HeadGates.load(folder / "last" if (folder / "last").is_dir() else folder)
+        card = HeadGates.load(folder).card  # of the gates that were kept
+        landed[f"{target:g}"] = {
+            "last": gate_sparsity(last.values),
+            **{name: card[name] for name in ("steps", "sparsity", "validation_mask")},
+        }
     results |= {"seconds": took, "target_sparsity": landed, "machine": machine()}
     write_atomically(config.output / "results.json", json.dumps(results, indent=2) + "\n")
     table = markdown(results) + "\n" + markdown_margins(results["rlkv_minus_ablation"])

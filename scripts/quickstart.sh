@@ -33,6 +33,7 @@ use_venv "$extras"
 rlkv="$python -m rlkv.cli"
 export TOKENIZERS_PARALLELISM=false
 [ -z "$fresh" ] || rm -rf "$run"
+trap '[ $? -eq 0 ] || say "stopped: the same command goes on from here, --fresh starts again"' EXIT
 started=$SECONDS part=$SECONDS
 took() { printf '    (%d s)\n' $((SECONDS - part)) && part=$SECONDS; }
 

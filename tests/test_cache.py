@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from typing import Any
 
@@ -31,6 +32,19 @@ def ready(kind: str = "llama", **overrides: Any) -> Any:
     model = tiny(kind, **overrides)
     enable(model)
     return model
+
+
+def test_another_window_than_the_masks_is_warned_of() -> None:
+    config, mask = ready().config, HeadMask(SOME, WINDOW)
+    with pytest.warns(UserWarning, match=r"made for window 3\+9 is used with 2\+4") as caught:
+        HeadwiseCache(config, mask, Window(2, 4))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HeadwiseCache(config, mask)
+        HeadwiseCache(config, mask, WINDOW)
+        HeadwiseCache(config, HeadMask(SOME), Window(2, 4))
+        HeadwiseCache(config, HeadMask(torch.ones_like(SOME), WINDOW), Window(2, 4))  # no head is local
 
 
 def bytes_between(cache: HeadwiseCache, lengths: list[int], block: int) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_folder import save_gates, save_model, save_problems
+from cli_kit import EVAL, GENERATE, TRAIN, fails, save_home
 
 from rlkv import __version__
 from rlkv.cli import main, read_words
 from rlkv.commands import COMMANDS
 from rlkv.data import PromptSet
 from rlkv.errors import RLKVError
-from rlkv.gates import HeadGates
+from rlkv.learner import Learner, Sample
 from rlkv.mask import HeadMask
 from rlkv.window import Window
 
@@ -27,122 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    model = save_model(folder / "model")
-    save_gates(folder / "gates", model)
-    save_problems(folder / "test.jsonl")
-    save_problems(folder / "dev.jsonl", start=50)
-    (folder / "empty.jsonl").write_text("")
-    rows = [{"prompt": "ab=12;" * 60, "answer": "1"}]
-    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    save_model(folder / "other", num_key_value_heads=2)
-    save_model(folder / "sliding", kind="mistral", sliding_window=64)
-    HeadGates(torch.rand(3, 2)).save(folder / "narrow")
-    (folder / "nan.tsv").write_text("1\t1\t1\n1\tnan\t1\n1\t1\t1\n")
-    return folder
-
-
-def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What a command that exits with 2 says: one line, after whatever loading bars there were."""
-    capsys.readouterr()
-    assert main(words) == 2
-    *bars, error = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: ")
-    assert not any("error" in bar.lower() for bar in bars)
-    return error
-
-
-EVAL = (
-    "eval",
-    "gates={home}/gates",
-    "data={home}/test.jsonl",
-    "output={out}",
-    "max_new_tokens=8",
-    "device=cpu",
-)
-GENERATE = ("generate", "gates={home}/gates", "max_new_tokens=8", "device=cpu")
-ASK = ("model={home}/model", "data={home}/test.jsonl", "output={out}", "dtype=float32", "device=cpu")
-ASK += ("max_prompt_tokens=99", "max_new_tokens=50", "reward=exact", "prompt_column=prompt")
-TRAIN, COLLECT = ("train", *ASK), ("collect", *ASK)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("rank", "{home}/nan.tsv", "sparsity=0.5"), "row 2 (layer 1), column 2 (KV head 1) is nan"),
-        (
-            (*EVAL, "gates={home}/narrow", "model={home}/model", "window=4+16"),
-            "wrong shape: 3 layers x 2 KV heads",
-        ),
-        ((*EVAL, "model={home}/other"), "gates made for another model: qwen3"),
-        ((*GENERATE, "model={home}/other", "prompt=ab"), "gates made for another model: qwen3"),
-        (("rank", "{home}/none", "sparsity=0.5"), "{home}/none: no such file or folder"),
-        ((*EVAL, "data={home}/none.jsonl"), "{home}/none.jsonl: no such file"),
-        (
-            (*EVAL, "model={home}/none"),
-            "model '{home}/none' could not be loaded (a hub id or a local folder)",
-        ),
-        (("train", "{home}/none.yaml"), "cannot read the config file {home}/none.yaml: No such file"),
-        (("plot", "{home}/none"), "{home}/none: no such folder"),
-        ((*GENERATE, "@{home}/none.txt"), "cannot read the prompt file {home}/none.txt"),
-        (("train", "stepz=3"), "unknown setting 'stepz': did you mean 'steps'?"),
-        (("eval", "out=x"), "unknown setting 'out': did you mean 'output'?"),
-        (
-            ("rank", "{home}/gates", "sparsity=1.5"),
-            "sparsity is the fraction of heads made local, within [0, 1]",
-        ),
-        (
-            (*EVAL, "sparsities=0.5,-0.1"),
-            "sparsity is the fraction of heads made local, within [0, 1]; got -0.1",
-        ),
-        ((*GENERATE, "sparsity=2", "prompt=ab"), "within [0, 1]; got 2.0"),
-        ((*EVAL, "window=4+0"), "setting 'window': window: recent must be 1 or more, got 0"),
-        (("train", "window=4+0"), "setting 'window': window: recent must be 1 or more, got 0"),
-        ((*GENERATE, "prompt=" + "ab=12;" * 60), "the prompt has 364 tokens; the context of"),
-        ((*EVAL, "data={home}/empty.jsonl"), "{home}/empty.jsonl: the prompt set is empty"),
-        (
-            (*EVAL, "prompt_column=question"),
-            "row 1 has no column 'question'; it has prompt, answer, id, task",
-        ),
-        ((*EVAL, "data={home}/long.jsonl"), "all 1 prompts are longer than 128 tokens, the limit by half"),
-        (
-            (*EVAL, "methods=random", "gates=", "model={home}/sliding", "window=2+6"),
-            "mistral ({home}/sliding) can't be split by KV head: its layers use a sliding window of 64",
-        ),
-        ((*TRAIN, "data={home}/none.jsonl"), "{home}/none.jsonl: no such file"),
-        ((*TRAIN, "data={home}/empty.jsonl"), "{home}/empty.jsonl: the prompt set is empty"),
-        ((*TRAIN, "prompt_column=question"), "row 1 has no column 'question'; it has prompt, answer"),
-        ((*TRAIN, "max_prompt_tokens=5"), "longer than 5 tokens, the limit by max_prompt_tokens"),
-        ((*TRAIN, "prompts_per_step=2", "max_new_tokens=250"), "exceeds the model's context of 256"),
-        (
-            (*TRAIN, "prompts_per_step=2", "target_sparsity=1.5"),
-            "target_sparsity must lie in [0, 1], got 1.5",
-        ),
-        ((*TRAIN, "model={home}/sliding"), "can't be split by KV head: its layers use a sliding window"),
-        ((*COLLECT, "data={home}/empty.jsonl"), "{home}/empty.jsonl: the prompt set is empty"),
-        ((*COLLECT, "answer_column=gold"), "row 1 has no column 'gold'; it has prompt, answer"),
-        ((*COLLECT, "data={home}/long.jsonl"), "longer than 99 tokens, the limit by max_prompt_tokens"),
-        (("rank", "{home}/gates"), "give exactly one of sparsity=…, memory=… and max_loss=…; none given"),
-        (("rank", "{home}/gates", "sparsity=0", "memory=1GiB"), "sparsity and memory given"),
-        (("rank", "{home}/gates", "memory=1KiB", "length=9999"), "even with every head local"),
-        (("rank", "{home}/gates", "memory=lots"), "expected a size such as 8GiB"),
-        (("rank", "sparsity=0.5"), "setting 'gates' is missing: give gates=…"),
-        (("rank", "a", "b"), "don't know what to do with 'b'"),
-        (("eval", "--gates"), "--gates needs a value"),
-        (("eval", "methods=rlkv"), "the method rlkv needs gates=FOLDER"),
-        (("eval", "methods=random", "window=4+16"), "no model is named"),
-        (("eval", "methods=random", "model=pocket"), "no window is known"),
-        (("generate", "hello"), "give either gates=FOLDER (and sparsity=…) or mask=FILE"),
-        ((*GENERATE, "prompt= "), "the prompt is empty"),
-        ((*GENERATE, "pocket:resolve"), "expected pocket:TASK:NUMBER"),
-        (("trian",), "unknown command 'trian': did you mean 'train'?"),
-    ],
-)
-def test_bad_input_ends_with_one_sentence(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
-) -> None:
-    filled = [word.format(home=home, out=tmp_path) for word in words]
-    assert message.format(home=home) in fails(capsys, *filled)
+    return save_home(tmp_path_factory.mktemp("cli"))
 
 
 def test_words_are_sorted_into_config_subject_and_settings() -> None:
@@ -237,7 +122,7 @@ def test_rank_takes_the_shape_of_a_bare_table_from_the_model(
         "\n".join("\t".join(str((16 * row + column) / 96) for column in range(16)) for row in range(6))
     )
     words = ["memory=8MiB", "length=512", "batch=8", "window=4+16", f"output={tmp_path}/mask.json"]
-    assert "name the model" in fails(capsys, "rank", str(table), *words)
+    assert "no model is named: give model=" in fails(capsys, "rank", str(table), *words)
     assert main(["rank", str(table), *words, "model=pocket"]) == 0
     mask = HeadMask.load(tmp_path / "mask.json")
     assert mask.kv_bytes(512, 8) <= 8 * 2**20 < mask.full_bytes(512, 8)
@@ -292,6 +177,37 @@ def test_a_real_process_exits_with_2_and_no_traceback(home: Path) -> None:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
     assert found.returncode == 2
     assert "Traceback" not in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_ctrl_c_in_training_saves_and_stops_a_script(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(home=home, out=tmp_path) for word in TRAIN]
+    words += ["prompts_per_step=2", "steps=3", "validate_every=0", "tensorboard=false"]
+    update = Learner.update
+
+    def interrupted(self: Learner, samples: list[list[Sample]], step: int) -> dict[str, float]:
+        if step == 1:
+            raise KeyboardInterrupt
+        return update(self, samples, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", interrupted)
+        assert main(words) == 130
+    captured = capsys.readouterr()
+    assert f"saved in {tmp_path}/checkpoints/step-000001.pt" in captured.out
+    assert captured.err.splitlines()[-1] == "interrupted"
+    assert main([*words, "resume=true"]) == 0
+    assert "Going on after step 1." in capsys.readouterr().out
+
+
+def test_a_mask_used_with_another_window_is_said(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rank", f"{home}/gates", "sparsity=0.5", f"output={tmp_path}/mask.json"]) == 0
+    words = [f"mask={tmp_path}/mask.json", "max_new_tokens=4", "device=cpu", "prompt=ab", "window=0+5"]
+    assert main(["generate", *words]) == 0
+    assert "WARNING: a mask made for window 2+6 is used with 0+5." in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_with_one_line(

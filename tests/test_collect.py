@@ -158,6 +158,39 @@ def test_a_folder_is_not_mixed_up(tmp_path: Path) -> None:
         collect(settings, tiny_model(), TinyTokenizer())
 
 
+def test_candidates_that_have_changed_are_not_used(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    collect(settings, tiny_model(), TinyTokenizer(), say=lambda text: None)
+    path = Path(settings.data)
+    path.write_text(path.read_text().replace("question 7 of", "problem 7 of"))
+    with pytest.raises(RLKVError, match="its candidates are not those of"):
+        collect(settings, tiny_model(), TinyTokenizer(), say=lambda text: None)
+
+
+def test_another_draw_leaves_no_held_out_problems_of_an_earlier_one(tmp_path: Path) -> None:
+    rows = fake_rows([1, 4] * 5)
+    settings = config(tmp_path, bucket_edges=[0, 24], bucket_counts=[4], held_out=2)
+    (tmp_path / "out").mkdir()
+    draw(settings, rows, 0, lambda text: None)
+    assert len(read(tmp_path / "out" / "test.jsonl")) == 2
+    settings.bucket_counts, settings.held_out = [6], 0
+    draw(settings, rows, 0, lambda text: None)
+    assert len(read(tmp_path / "out" / "train.jsonl")) == 6
+    assert not (tmp_path / "out" / "test.jsonl").exists()
+
+
+def test_a_failed_first_run_does_not_bind_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when the data can't be read, nor when not one answer was finished."""
+    with pytest.raises(RLKVError, match="no column 'gold'"):
+        collect(config(tmp_path, answer_column="gold"), tiny_model(), TinyTokenizer())
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Sampler, "generate", lambda *args, **options: (_ for _ in ()).throw(MemoryError))
+        collect(config(tmp_path, max_new_tokens=40), tiny_model(), TinyTokenizer(), say=lambda text: None)
+    report = collect(config(tmp_path), tiny_model(), TinyTokenizer(), say=lambda text: None)
+    assert report.candidates == 40
+    assert json.loads((tmp_path / "out" / "collect.json").read_text())["max_new_tokens"] == 24
+
+
 def test_max_candidates(tmp_path: Path) -> None:
     report = collect(
         config(tmp_path, max_candidates=10), tiny_model(), TinyTokenizer(), say=lambda text: None
@@ -172,6 +205,8 @@ def test_max_candidates(tmp_path: Path) -> None:
         ({"bucket_edges": [0, 12, 4, 24]}, "must rise"),
         ({"bucket_counts": [0, 0, 0]}, "not all 0"),
         ({"held_out": -1}, "held_out"),
+        ({"slots": 0}, "slots must be 1 or more"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be 1 or more"),
         ({"reward": "exact"}, "none of 40 candidates was solved.*no_answer"),
         ({"answer_column": "gold"}, "no column 'gold'"),
     ],

@@ -56,6 +56,13 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str, match: str
         PromptSet.from_jsonl(tmp_path / name)
 
 
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"prompt": "où", "answer": "1"}\n'.encode("latin-1"))
+    with pytest.raises(RLKVError, match=r"latin.jsonl: not UTF-8 text \(byte 13 is 0xf9\)"):
+        PromptSet.from_jsonl(path)
+
+
 def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RLKVError, match="no such file"):
         PromptSet.from_spec(str(tmp_path / "nothing.jsonl"), "train")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.server
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +59,50 @@ def test_missing_package_and_old_version(monkeypatch: pytest.MonkeyPatch) -> Non
     features = doctor.runnable(doctor.report())
     assert "torch" in features["train, eval and generate on the pocket model"]
     assert features["math rewards"] == ["math-verify"]
+
+
+def test_a_grader_that_does_not_import_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is there, and what it needs is not."""
+    assert found()["math-verify"].status == "ok"
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ("math_verify", "latex2sympy2_extended", "antlr4"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "antlr4", None)
+    finding = found()["math-verify"]
+    assert finding.status == "missing" and "does not import" in finding.detail
+    assert doctor.runnable([finding])["math rewards"] == ["math-verify"]
+
+
+KERNELS, SERVE = "Triton kernels, for sampling and training on a GPU", "rlkv serve, on SGLang"
+
+
+@pytest.mark.parametrize(
+    ("capability", "status", "detail"),
+    [
+        (None, "missing", "no CUDA device"),
+        ((7, 5), "missing", "compute capability 7.5: no bfloat16"),
+        ((8, 0), "ok", "compute capability 8.0, bfloat16"),
+        ((12, 0), "ok", "compute capability 12.0, bfloat16"),
+    ],
+)
+def test_gpu_kernels(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, status: str, detail: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    finding = doctor.check_kernels()
+    assert (finding.status, finding.detail) == (status, detail)
+    features = doctor.runnable([finding])
+    assert (features[KERNELS] == features[SERVE] == []) == (status == "ok")
+
+
+def test_serving_needs_the_engine_and_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [SimpleNamespace(name="rlkv")]
+    monkeypatch.setattr(doctor.metadata, "entry_points", lambda group: points)
+    assert doctor.check_plugin().status == "ok"
+    points.clear()
+    assert doctor.check_plugin().status == "missing"
+    assert doctor.runnable([doctor.check_plugin()])[SERVE] == ["SGLang plugin"]
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch, server: str) -> None:

@@ -143,6 +143,40 @@ def test_rows_of_other_gates_are_not_mixed(config: EvalConfig, tmp_path: Path) -
         evaluate(replace(small, gates=str(other)))
 
 
+def test_answers_to_problems_that_have_changed_are_not_reported(config: EvalConfig, tmp_path: Path) -> None:
+    """Problems without an id of their own are numbered by line: others of the same number are others."""
+    rows = [json.loads(line) for line in Path(config.data).read_text().splitlines()]
+    path = tmp_path / "problems.jsonl"
+
+    def write(*rows: dict[str, Any]) -> None:
+        path.write_text(
+            "".join(json.dumps({key: row[key] for key in ("prompt", "answer")}) + "\n" for row in rows)
+        )
+
+    small = replace(config, data=str(path), output=str(tmp_path / "out"), n=0, methods=["rlkv"])
+    write(*rows[:2])
+    evaluate(small)
+    write(*rows[:3])  # more problems may come
+    whole = evaluate(small)
+    for changed in ({"prompt": "search a=11"}, {"answer": "11"}):
+        write(rows[0], rows[1] | changed, rows[2])
+        with pytest.raises(RLKVError, match="an answer to another problem '1'"):
+            evaluate(small)
+    write(*rows[:3])
+    assert evaluate(small) == whole
+
+
+def test_rows_of_older_versions_are_read(config: EvalConfig, tmp_path: Path) -> None:
+    """They hold no digest of the problem."""
+    small = replace(config, output=str(tmp_path), methods=["rlkv"])
+    whole = evaluate(small)
+    rows = rows_of(tmp_path)
+    assert all(row.pop("digest") for row in rows)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(small) == whole
+    assert "digest" not in rows_of(tmp_path)[0]  # nothing was answered again
+
+
 def test_problems_with_the_same_id_are_refused(config: EvalConfig, tmp_path: Path) -> None:
     path = save_problems(tmp_path / "twice.jsonl", 2)
     path.write_text(path.read_text() * 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +154,32 @@ def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(RLKVError, match=f"bad.tsv: .*{message}"):
         HeadGates.load(path)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ({"window": 5}, "window: expected SINK.RECENT such as 16.64, got 5"),
+        ({"deploy_window": [4, 16]}, r"window: expected SINK.RECENT such as 16.64, got \[4, 16\]"),
+        ({"layers": "3", "query_heads": 4, "kv_heads": 4, "head_dim": 8}, "layers should be of type int"),
+    ],
+)
+def test_bad_cards(tmp_path: Path, card: dict[str, Any], message: str) -> None:
+    (tmp_path / "gates.tsv").write_text("1 1 1 1\n" * 3)
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    with pytest.raises(RLKVError, match=f"card.json: .*{message}"):
+        HeadGates.load(tmp_path)
+
+
+def test_bad_windows_of_duo_attention(tmp_path: Path) -> None:
+    """A number that was written as text is meant; what is none is refused."""
+    (tmp_path / "full_attention_heads.tsv").write_text("1 0\n0 1\n")
+    config = tmp_path / "config.json"
+    config.write_text('{"sink_size": "128", "recent_size": 256}')
+    assert HeadGates.load(tmp_path).window == Window(128, 256)
+    config.write_text('{"sink_size": null, "recent_size": 256}')
+    with pytest.raises(RLKVError, match=r"config.json: window: expected SINK.RECENT .*got 'None.256'"):
+        HeadGates.load(tmp_path)
 
 
 def test_missing(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_several_updates_keep_the_first_policy_as_proximal(tmp_path: Path) -> No
     model.set_attn_implementation("rlkv")
     groups = make_samples(config, [[1, 0, 0, 1], [0, 1, 0, 0]])
     learner = Learner(model, torch.ones(2, 2) / 2, config, Penalty(0.0, 0.5))
-    before = learner.logprobs([groups[1][0]]).detach()
+    before = learner.logprobs([groups[1][0]], Mixed(learner.gates, config.window)).detach()
     learner.update(groups, 0)
     assert groups[1][0].prox is not None
     torch.testing.assert_close(groups[1][0].prox, before)
@@ -172,7 +172,7 @@ def test_trainer_and_sampler_agree(tmp_path: Path, temperature: float) -> None:
         Sample(prompt, done.tokens[: 60 - 25 * row], done.logprobs[: 60 - 25 * row], Verdict(0, "wrong"))
         for row, (prompt, done) in enumerate(zip(prompts, finished, strict=True))
     ]  # one micro-batch of 63, 55 and 12 tokens
-    new = learner.logprobs(samples)
+    new = learner.logprobs(samples, Mixed(learner.gates, config.window))
     old = torch.cat([torch.tensor(sample.logprobs) for sample in samples])
     torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlkv import HeadMask, RLKVError, Window
@@ -30,6 +30,7 @@ def shape_of(scores: torch.Tensor, bytes_per_value: int = 2) -> ModelShape:
 
 
 @given(tables(), st.floats(0, 1), st.integers(0, 9))
+@example(torch.zeros(5, 6), 0.55, 0)  # (1 - s) * 5 * 6 and (1 - s) * 30 round to different numbers
 def test_keeps_the_highest(scores: torch.Tensor, sparsity: float, seed: int) -> None:
     mask = HeadMask.from_scores(scores, sparsity, seed=seed)
     kept = round((1 - sparsity) * scores.numel())
@@ -50,6 +51,15 @@ def test_a_head_kept_at_s_is_kept_at_smaller_s(
     few = HeadMask.from_scores(scores, max(one, other), rounding=rounding)
     many = HeadMask.from_scores(scores, min(one, other), rounding=rounding)
     assert not (few.full & ~many.full).any()
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = HeadMask.random(2, 2, 0.5).save(tmp_path / "mask.json")
+    record = json.loads(path.read_text())
+    for change in ({"window": 5}, {"model": 5}, {"full": "ones"}):
+        path.write_text(json.dumps(record | change))
+        with pytest.raises(RLKVError, match="mask.json: not a head mask"):
+            HeadMask.load(path)
 
 
 def test_ends() -> None:

@@ -100,6 +100,15 @@ def test_joined_weights_are_the_same_parameters(kind: str) -> None:
     assert [c.tokens for c in changed] != [c.tokens for c in expected]
 
 
+def test_released_pages_come_back_for_the_next_call() -> None:
+    model = make()
+    sampler = paged(model, release=True)
+    first = sampler.generate(PROMPTS[:4], PARAMS, GATES["soft"])
+    assert sampler._cache.keys is None and sampler._cache.values is None
+    check_same(sampler.generate(PROMPTS[:4], PARAMS, GATES["soft"]), first)
+    assert sampler._cache.keys is None and sampler.pool.used == 0
+
+
 @pytest.mark.parametrize("prefill", ["local", "full"])
 @pytest.mark.parametrize("name", ["none", "soft", "mask"])
 def test_tiny_pools_make_requests_wait_and_come_back(name: str, prefill: Prefill) -> None:

@@ -25,20 +25,28 @@ def test_gradient_is_that_of_the_papers_penalty(reward: float) -> None:
     torch.testing.assert_close(Penalty(1e-3, 0.5).gradient(gates, reward, 0), gates.grad)
 
 
-def test_target_starts_as_the_paper_and_then_divides_by_rank() -> None:
+def test_target_is_the_paper_for_half_the_run_and_then_divides_by_rank() -> None:
     penalty = Penalty(1e-3, 0.5, target=0.5, steps=100)
     ones = torch.ones(2, 4)
     paper = Penalty(1e-3, 0.5).gradient(ones, 0.9, 0)
     assert penalty.gradient(ones, 0.9, 0) == pytest.approx(paper * math.exp(0.05 * 0.5))
     over = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0.1, 1]])  # 7 of 8 are closed, 4 are wanted
-    gradient = penalty.gradient(over, 0.9, 1).flatten()
+    assert penalty.gradient(over, 0.9, 49).gt(0).all()
+    gradient = penalty.gradient(over, 0.9, 50).flatten()
     assert (gradient[:4] > 0).all() and (gradient[4:] < 0).all()
+
+
+def test_equal_gates_rank_by_their_mean_so_far() -> None:
+    penalty = Penalty(1e-3, 0.5, target=0.5, steps=4)
+    penalty.gradient(torch.tensor([[0.0, 0.9, 0.0, 0.8]]), 0.9, 0)
+    penalty.gradient(torch.zeros(1, 4), 0.9, 1)
+    assert penalty.gradient(torch.zeros(1, 4), 0.9, 2).gt(0).tolist() == [[True, False, True, False]]
 
 
 def test_low_reward_pauses_the_push_and_the_integral_but_not_the_pull() -> None:
     penalty = Penalty(1e-3, 0.5, target=0.5, steps=100)
     assert penalty.gradient(torch.ones(1, 4), 0.4, 0).eq(0).all() and penalty.integral == 0
-    over = penalty.gradient(torch.zeros(1, 4), 0.0, 0)[0]
+    over = penalty.gradient(torch.zeros(1, 4), 0.0, 50)[0]
     assert over[:2].eq(0).all() and (over[2:] < 0).all()
     late = penalty.gradient(torch.ones(1, 4), 0.0, 90)  # the last third: the target comes first
     assert (late > 0).all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 import threading
 from typing import Any
 
@@ -79,6 +79,15 @@ def test_where_the_answer_is_read(reward: Any, text: str, kind: str) -> None:
         ("1,000", "1000", True),
         (r"\{1,2\}", r"\{2,1\}", True),
         ("5", "50", False),
+        ("7", "7.", True),
+        ("7.", "7", True),
+        ("7", "70.", False),
+        ("1000", "1e3", True),
+        ("1000", "+1.0E3", True),
+        ("1000", "1e-3", False),
+        ("0.0015", "1.5e-3", True),
+        ("13", "1e3", False),
+        ("1e3", "1e", False),
     ],
 )
 def test_math_reads_both_sides_as_latex(gold: str, answer: str, right: bool) -> None:
@@ -105,9 +114,15 @@ def test_a_failing_grader_is_counted_apart(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_missing_grader_package_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RLKVError, match="pip install math-verify"):
-        get_reward("math")
+    """The grader itself, or what it imports."""
+    for missing in ("math_verify", "antlr4"):
+        with monkeypatch.context() as patch:
+            for name in [*sys.modules]:
+                if name.split(".")[0] in ("math_verify", "latex2sympy2_extended", "antlr4"):
+                    patch.delitem(sys.modules, name)
+            patch.setitem(sys.modules, missing, None)
+            with pytest.raises(RLKVError, match=f"{missing}.*pip install 'math-verify"):
+                get_reward("math")
 
 
 def test_truncated_is_wrong_and_counted() -> None:

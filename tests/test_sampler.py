@@ -199,7 +199,7 @@ class Launches:
     def __init__(self) -> None:
         self.keys: dict[Any, int] = {}
 
-    def refresh(self) -> None:
+    def refresh(self, *tensors: torch.Tensor) -> None:
         self.keys.clear()
 
     def run(self, key: Any, step: Callable[[], None]) -> None:

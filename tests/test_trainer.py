@@ -37,7 +37,7 @@ def test_learning_moves_the_reward(tmp_path: Path) -> None:
 
 def test_the_penalty_closes_gates_and_a_target_is_kept(tmp_path: Path) -> None:
     config = tiny_config(
-        tmp_path, penalty=0.5, target_sparsity=0.5, steps=60, learning_rate=0.05, max_new_tokens=8, epochs=99
+        tmp_path, penalty=0.5, target_sparsity=0.5, steps=90, learning_rate=0.05, max_new_tokens=8, epochs=99
     )
     gates = train(config, tiny_model(layers=4), TinyTokenizer())
     assert (gates.values < 0.5).float().mean() == pytest.approx(0.5)
@@ -134,10 +134,13 @@ def test_ctrl_c_saves_what_was_finished(
             raise KeyboardInterrupt
         return values
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Learner, "update", interrupted)
         train(config, tiny_model(), TinyTokenizer())
-    assert "Stopped after step 2 of 4, saved; go on with resume=true." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    path = Path(config.output) / "checkpoints" / "step-000002.pt"
+    assert f"Stopped after step 2 of 4, saved in {path}: give the same command with resume=true" in said
+    assert path.is_file() and not (Path(config.output) / "gates.tsv").exists()  # nothing goes on with these
     config.resume = True
     resumed = train(config, tiny_model(), TinyTokenizer())
     whole = train(tiny_config(tmp_path / "whole"), tiny_model(), TinyTokenizer())
@@ -153,9 +156,47 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gates.card["deploy_window"] == "1+2"
 
 
+def test_a_mask_that_lost_what_the_gates_had_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, mask in enumerate((0.9, 0.6)):
+        values = {"validation_gates": 0.92, "validation_mask": mask}
+        monkeypatch.setattr(Validator, "accuracy", lambda *_, values=values: values)
+        config = tiny_config(tmp_path / str(place), steps=2, validate_every=1)
+        config.validation_data = config.data
+        train(config, tiny_model(), TinyTokenizer())
+        warned = "WARNING: with 50.0% of the heads local the mask answers 60.0%" in capsys.readouterr().out
+        assert warned == (mask == 0.6)
+
+
+def test_a_skipped_update_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = torch.nn.utils.clip_grad_norm_
+    norms = iter([torch.tensor(float("nan"))])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: next(norms, None) or clip(*args))
+    train(tiny_config(tmp_path, steps=2), tiny_model(), TinyTokenizer())
+    said = capsys.readouterr().out
+    assert said.count("the update was skipped") == 1
+    assert "WARNING: step 1: its gradient is not finite" in said
+
+
+@pytest.mark.parametrize("name", ["penalty", "tau", "learning_rate", "max_grad_norm", "weight_decay"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(RLKVError, match=f"{name} must be a finite number, got {value}"):
+        Trainer(tiny_config(tmp_path, **{name: value}), tiny_model(), TinyTokenizer())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
+        ({"beta1": 1.5}, r"beta1 must lie in \[0, 1\), got 1.5"),
+        ({"beta2": -0.1}, r"beta2 must lie in \[0, 1\)"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"patience": 3}, "patience counts validations: give validation_data and validate_every"),
+        ({"patience": 3, "validation_data": "pocket"}, "patience counts validations"),  # validate_every=0
         ({"prompts_per_step": 33}, "32 usable prompts, fewer than prompts_per_step=33"),
         ({"max_new_tokens": 250}, "= 290 exceeds the model's context of 256"),
         ({"max_prompt_tokens": 3}, "all 32 prompts are longer than 3"),
@@ -234,7 +275,7 @@ def test_defaults_are_the_llama_recipe() -> None:
     """Up to where it runs and what it validates on."""
     recipe = load(TrainConfig, Path(__file__).parents[1] / "configs" / "llama-8b-r1.yaml")
     differing = {key for key, value in vars(TrainConfig()).items() if getattr(recipe, key) != value}
-    where = {"gradient_checkpointing", "device", "slots", "kv_gib"}
+    where = {"device", "slots", "kv_gib"}
     assert differing == {"output", "validation_data", "validate_every"} | where
 
 

@@ -11,17 +11,20 @@ from rlkv.window import Window
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def takes(dtype: torch.dtype, device: torch.device, dim: int) -> bool:
+    """Whether the kernel runs on states of this kind, heads of ``dim`` numbers."""
+    if not available() or dim not in HEAD_DIMS:
+        return False
+    return dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else interpreted()
+
+
 def lengths_of(query: torch.Tensor, key: torch.Tensor, sequences: Sequences | None) -> list[int] | None:
     """Lengths of the sequences, one after the other, if the kernel can take this forward; else None.
 
     query [B, Hq, T, D], key [B, Hkv, T, D]; ``sequences`` None means that every row is one.
     """
-    if not available() or not (query.is_cuda or interpreted()):
-        return None
     batch, _, length, dim = query.shape
-    if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if dim not in HEAD_DIMS:
+    if not takes(query.dtype, query.device, dim):
         return None
     if sequences is None:
         return [length] * batch

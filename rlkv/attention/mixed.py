@@ -62,6 +62,10 @@ class Mixed:
         zero = (self.gates == 0).reshape(-1, *self.gates.shape[-2:]).all(0)
         return [tuple(layer.nonzero()[:, 0].tolist()) for layer in zero.cpu()]
 
+    def closed(self, index: int) -> tuple[int, ...]:
+        """KV heads of one layer whose gates are all exactly 0."""
+        return self._closed[index]
+
     def layer(self, index: int) -> torch.Tensor:
         """Gates of one layer: [kv_heads] or [batch, kv_heads]."""
         return self.gates[..., index, :]
@@ -95,7 +99,7 @@ class Mixed:
         wanted = self.path == "kernel" or (self.path == "auto" and query.is_cuda)
         lengths = fused.lengths_of(query, key, sequences) if wanted else None
         if lengths is not None:
-            closed = self._closed[module.layer_idx]
+            closed = self.closed(module.layer_idx)
             return fused.attend(states, gates, lengths, self.window, scaling, closed)
         if self.path == "kernel":
             raise RLKVError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlkv.bench import deployed_window, pick_dtype, trained_model
+from rlkv.bench import pick_dtype, window_and_model
 from rlkv.data import PromptSet, chat_tokens
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
@@ -36,6 +36,13 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, ...
     dtype: str = "auto"  # bfloat16 or float32 (auto: bfloat16 on a GPU, float32 on a CPU)
 
+    def check(self) -> None:
+        """Raise RLKVError for a value that cannot be meant."""
+        if self.max_new_tokens < 1:
+            raise RLKVError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise RLKVError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+
 
 def run(config: Config) -> None:
     """Generate to the terminal, then print the cache's bytes beside the full cache's."""
@@ -44,23 +51,22 @@ def run(config: Config) -> None:
 
     from rlkv.cache import HeadwiseCache
 
+    config.check()
     text, answer = read_prompt(config.prompt)
     if bool(config.gates) == bool(config.mask):
         raise RLKVError("generate: give either gates=FOLDER (and sparsity=…) or mask=FILE")
     gates = HeadGates.load(config.gates) if config.gates else None
     mask = HeadMask.load(config.mask) if config.mask else None
-    name = config.model or (mask.model.name if mask and mask.model else "") or trained_model(gates)
+    window, name = window_and_model(gates, mask, config.window, config.model)
     model, tokenizer = load_model(name, pick_dtype(config.dtype, config.device), config.device)
     shape = check_model(model)
     if gates is not None:
         gates.model = gates.check(shape)
-        window = config.window or deployed_window(gates)
         mask = gates.mask(config.sparsity, seed=config.seed, window=window)
-        for line in gates.remarks(window):
-            print(line)
     assert mask is not None
     mask.check(shape)
-    window = config.window or mask.window or deployed_window(gates)
+    for line in gates.remarks(window) if gates else mask.remarks(window):
+        print(line)
     tokens, _ = chat_tokens(tokenizer, text)
     room = shape.context_length - len(tokens) if shape.context_length else config.max_new_tokens
     if room < 1:
@@ -69,7 +75,7 @@ def run(config: Config) -> None:
         )
     local = int((~mask.full).sum())
     print(f"{local} of {mask.full.numel()} KV heads local, window {window}; {text.strip()}\n", flush=True)
-    cache = HeadwiseCache(model.config, mask, window=window, prefill=config.prefill)
+    cache = HeadwiseCache(model.config, replace(mask, window=window), prefill=config.prefill)
     torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
     if config.temperature > 0:

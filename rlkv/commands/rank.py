@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlkv.bench import Bench, EvalConfig
+from rlkv.bench import Bench, EvalConfig, require
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.loading import load_shape
@@ -54,6 +54,13 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, ...
     dtype: str = "auto"  # bfloat16 or float32 (auto: bfloat16 on a GPU, float32 on a CPU)
 
+    def check(self) -> None:
+        """Raise RLKVError for a value that cannot be meant."""
+        for name in ("length", "batch", "bytes_per_value"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RLKVError(f"{name} must be 1 or more, got {value}")
+
 
 SHARED = [
     "gates",
@@ -71,11 +78,14 @@ SHARED += ["prefill", "max_new_tokens", "slots", "window", "device", "dtype", "s
 
 def run(config: Config) -> None:
     """Choose, write the mask, and say what it holds."""
+    config.check()
     ways = [name for name in ("sparsity", "memory", "max_loss") if getattr(config, name) is not None]
     if len(ways) != 1:
         given = " and ".join(ways) or "none"
         raise RLKVError(f"rank: give exactly one of sparsity=…, memory=… and max_loss=…; {given} given")
     gates = HeadGates.load(config.gates)
+    if config.memory is not None:
+        require(config.window or gates.deployed, config.model or gates.model)
     options: dict[str, Any] = {name: getattr(config, name) for name in ("rounding", "tp", "seed", "window")}
     if config.model and config.max_loss is None:
         gates.model = gates.check(load_shape(config.model))

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from rlkv.errors import RLKVError
 from rlkv.kernels import check_device, check_head_dim
 from rlkv.kernels.decode_kernels import decode_kernel
-from rlkv.kernels.store import store
+from rlkv.kernels.decode_plan import SHARE, make_shares
+from rlkv.kernels.store import overlaps_launches, store
 from rlkv.window import Window
 
 __all__ = ["DecodePlan", "PagedDecoder", "Tuning", "held_counts", "store"]
@@ -39,14 +39,14 @@ LOG2_E = 1.4426950408889634
 class DecodePlan:
     """Who reads what in one step, for every layer; all tensors on the device.
 
-    ``counts`` int32 [layers, n, kv_heads]; ``shares`` int32 [layers, programs, 5]: each program's first row,
-    first block of that row, blocks, blocks before it, count of that row; ``totals`` int32 [layers, 2]:
-    blocks, and programs that have some; ``gates`` float32 [n, layers, kv_heads] with ``window``, or None.
+    ``counts`` int32 [layers, n, kv_heads]; ``shares`` int32 [layers, programs, 8]: each program's first row,
+    first block of that row, blocks, that row's count and the next one's; which program begins the row, and
+    how many share it, or 0 for one; how many share the last row, if it is another one, or 0 for one.
+    ``gates`` float32 [layers, n * kv_heads] with ``window``, or None.
     """
 
     counts: torch.Tensor
     shares: torch.Tensor
-    totals: torch.Tensor
     gates: torch.Tensor | None = None
     window: Window | None = None
 
@@ -55,17 +55,20 @@ class DecodePlan:
 class Tuning:
     """Keys a block, programs a multiprocessor, fewest blocks a program, Triton's, parts merged at once.
 
-    ``early``: begin while the kernel before ends (programmatic dependent launch); plan and table must then
-    have been made by kernels before that one.
+    ``early``: begin while the kernel before ends (programmatic dependent launch), where the GPU can: look up
+    what is to be read, and call the first ``ahead`` (1, 2, 4..) blocks of each program to the L2 cache. The
+    first attention after a plan does not; tables must not change between a plan's first and last attention.
+    ``programs_per_sm`` should be as many as fit, or early programs of one launch crowd some multiprocessors.
     """
 
     block: int = 64
     programs_per_sm: int = 2
     least_blocks: int = 2
     warps: int = 4
-    stages: int = 2
-    parts: int = 16
-    early: bool = False
+    stages: int = 3
+    parts: int = 8
+    early: bool = True
+    ahead: int = 2
 
 
 def held_counts(lengths: torch.Tensor, full: torch.Tensor, window: Window) -> torch.Tensor:
@@ -101,6 +104,8 @@ class PagedDecoder:
         self.programs, self._rows, self._kv_heads = programs, rows, kv_heads
         self._group, self._dim = query_heads // kv_heads, head_dim
         self._tile = 1 << (self._group - 1).bit_length()
+        self._early = self.tuning.early and overlaps_launches(torch.device(device))
+        self._begun: DecodePlan | None = None
         parts = (2 * programs, 2, self._tile)  # a program shares its first and its last row with others
         self._part_values = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
         self._part_logs = torch.empty(parts, dtype=torch.float32, device=device)
@@ -115,23 +120,17 @@ class PagedDecoder:
         its tokens, in order) the output is gate * full + (1 - gate) * local attention, from one reading of
         the keys; rows whose gate is 0 read their window alone.
         """
-        block = self.tuning.block
-        blocks = ((counts + (block - 1)) // block).clamp(min=1)
-        if gates is not None:
-            if window is None:
-                raise RLKVError("decoder: soft gates need a window")
-            sinks = blocks.clamp(max=-(-window.sink // block))
-            recents = torch.maximum(sinks, (counts - window.recent).clamp(min=0) // block)
-            blocks = torch.where(gates.transpose(0, 1) == 0, sinks + blocks - recents, blocks)
-        counts, ends = counts.int().contiguous(), blocks.flatten(1).cumsum(-1)
-        total = ends[:, -1:]
-        sharers = (total // self.tuning.least_blocks).clamp(1, self.programs)
-        edges = torch.arange(self.programs + 1, device=counts.device).clamp(max=sharers) * total // sharers
-        first, blocks_of = edges[:, :-1].contiguous(), edges.diff(dim=1)
-        rows = torch.searchsorted(ends, first, right=True).clamp(max=ends.shape[1] - 1)
-        inside = first - F.pad(ends, (1, 0)).gather(1, rows)
-        shares = torch.stack([rows, inside, blocks_of, first, counts.flatten(1).gather(1, rows)], dim=-1)
-        return DecodePlan(counts, shares.int(), torch.cat([total, sharers], 1).int(), gates, window)
+        if gates is not None and window is None:
+            raise RLKVError("decoder: soft gates need a window")
+        sizes = (0, 0) if window is None else (window.sink, window.recent)
+        counts = counts.int().contiguous()
+        tuning, rows = self.tuning, counts[0].numel()
+        if rows > self._rows:
+            raise RLKVError(f"decoder: made for at most {self._rows} rows, got {rows}")
+        shares, row_gates = make_shares(
+            counts, gates, sizes, tuning.block, self.programs, tuning.least_blocks, self._rows
+        )
+        return DecodePlan(counts, shares, row_gates, window)
 
     def attend(
         self,
@@ -154,8 +153,8 @@ class PagedDecoder:
         query = query.contiguous()
         count, heads, _ = query.shape
         output = torch.empty_like(query)
-        gates = plan.counts if plan.gates is None else plan.gates[:, layer]
-        tuning, page = self.tuning, keys.shape[1]
+        tuning, soft = self.tuning, plan.gates is not None
+        early, self._begun = self._early and self._begun is plan, plan
         decode_kernel[(self.programs,)](
             query,
             keys,
@@ -163,10 +162,9 @@ class PagedDecoder:
             table,
             output,
             plan.counts[layer],
-            gates,
+            plan.counts if plan.gates is None else plan.gates[layer],
             self._part_logs if scales is None else scales,
             plan.shares[layer],
-            plan.totals[layer],
             self._part_values,
             self._part_logs,
             self._arrivals,
@@ -175,23 +173,21 @@ class PagedDecoder:
             0 if plan.window is None else plan.window.recent,
             count * self._kv_heads,
             self._kv_heads,
-            query.stride(0),
-            output.stride(0),
-            table.stride(0),
             table.stride(1),
-            gates.stride(0),
             GROUP=self._group,
-            QUERIES=max(16, self._tile),
             GROUP_TILE=self._tile,
-            PAGE=page,
+            TILES=max(16 // self._tile, 2 if soft else 1),
+            PAGE=keys.shape[1],
             BLOCK=tuning.block,
             DIM=self._dim,
-            SOFT=plan.gates is not None,
+            SOFT=soft,
             SCALED=scales is not None,
             WIDE="ieee",
             PARTS=tuning.parts,
-            EARLY=tuning.early,
-            launch_pdl=tuning.early,
+            EARLY=early,
+            AHEAD=tuning.ahead,
+            SHARE=SHARE,
+            launch_pdl=early,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         )
@@ -213,8 +209,10 @@ class PagedDecoder:
             raise RLKVError("decoder: pages of keys and of values must be contiguous and of one shape")
         if len(query) * self._kv_heads * -(-table.shape[2] * page // block) * self.programs >= 2**31:
             raise RLKVError(f"decoder: a table of {list(table.shape)} pages is too large for 32-bit shares")
-        if len(query) * self._kv_heads > self._rows or table.stride(2) != 1 or table.dtype != torch.int32:
+        rows, strides = len(query) * self._kv_heads, table.stride()
+        even = len(table) == 1 or strides[0] == self._kv_heads * strides[1]
+        if rows > self._rows or table.dtype != torch.int32 or strides[2] != 1 or not even:
             raise RLKVError(
-                f"decoder: needs at most {self._rows} rows and an int32 table with adjacent pages, got "
-                f"{len(query) * self._kv_heads} rows and {table.dtype} with strides {table.stride()}"
+                f"decoder: needs at most {self._rows} rows and an int32 table whose rows follow each other, "
+                f"got {rows} rows and {table.dtype} with strides {strides}"
             )

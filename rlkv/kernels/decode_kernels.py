@@ -6,127 +6,122 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _add_keys(q, k, v, seen, high, mass, sum_v, scale, WIDE: tl.constexpr):
-    """Online softmax, base 2, over one block: new (highest score, exp-sum, weighted values) of each query."""
-    scores = tl.dot(q, tl.trans(k), input_precision=WIDE) * scale
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    above = tl.maximum(high, tl.max(scores, 1))
-    shift = tl.where(above == float("-inf"), 0.0, above)  # nothing seen yet
-    weights = tl.exp2(scores - shift[:, None])
-    shrink = tl.exp2(high - shift)
-    mass = mass * shrink + tl.sum(weights, 1)
-    sum_v = tl.dot(weights.to(v.dtype), v, sum_v * shrink[:, None], input_precision=WIDE)
-    return above, mass, sum_v
+from rlkv.kernels.decode_merge import merge, mix
+from rlkv.kernels.decode_plan import place_block
 
 
 @triton.jit
-def _find(pages, block, count, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a row's block begins in memory, in tokens, or where each of its tokens is if pages are smaller.
-
-    It is asked for one step ahead, so that the keys' loads needn't wait for the table's.
-    """
-    if PAGE >= BLOCK:
-        first = block * BLOCK
-        page = tl.load(pages + first // PAGE, mask=first < count, other=0)
-        return page.to(tl.int64) * PAGE + first % PAGE
-    else:
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        page = tl.load(pages + position // PAGE, mask=position < count, other=0)
-        return page.to(tl.int64) * PAGE + position % PAGE
-
-
-@triton.jit
-def _locate(row, kv_heads, query_stride, table_stride_n, table_stride_h, WIDTH: tl.constexpr):
-    """Where a row's pages are in the table, and its queries, WIDTH numbers, in the query."""
-    request = (row // kv_heads).to(tl.int64)
-    head = row % kv_heads
-    return request * table_stride_n + head * table_stride_h, request * query_stride + head * WIDTH
-
-
-@triton.jit
-def _load_block(
-    keys, values, found, block, count, PAGE: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr
+def _advance(
+    row,
+    block,
+    count,
+    gate,
+    next_count,
+    next_gate,
+    rows,
+    sink,
+    recent,
+    BLOCK: tl.constexpr,
+    SOFT: tl.constexpr,
 ):
-    """Keys, values [BLOCK, DIM], positions and validity of one block of a row; nothing else is read."""
-    at = tl.arange(0, BLOCK)
-    position = block * BLOCK + at
-    valid = position < count
-    cell = found
+    """The block after this one: (its row, number in it, the row's count and gate)."""
+    blocks, _ = place_block(block, count, gate, sink, recent, BLOCK, SOFT)
+    ends = block + 1 == blocks
+    row = tl.where(ends, tl.minimum(row + 1, rows - 1), row)
+    if SOFT:
+        gate = tl.where(ends, next_gate, gate)
+    return row, tl.where(ends, 0, block + 1), tl.where(ends, next_count, count), gate
+
+
+@triton.jit
+def _look_up(counts, gates, row, rows, SOFT: tl.constexpr):
+    """Count and gate of the row after this one."""
+    row = tl.minimum(row + 1, rows - 1)
+    gate = 0.0
+    if SOFT:
+        gate = tl.load(gates + row)
+    return tl.load(counts + row), gate
+
+
+@triton.jit
+def _pages(
+    table, stride, row, block, count, gate, sink, recent,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """The page of a block, or that of each of its tokens if pages are smaller."""
+    _, place = place_block(block, count, gate, sink, recent, BLOCK, SOFT)
+    pages = table + row.to(tl.int64) * stride
     if PAGE >= BLOCK:
-        cell = found + at
-    where = cell[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    k = tl.load(keys + where, mask=valid[:, None], other=0.0)
-    v = tl.load(values + where, mask=valid[:, None], other=0.0)
-    return k, v, position, valid
+        return tl.load(pages + place * BLOCK // PAGE)
+    else:
+        position = place * BLOCK + tl.arange(0, BLOCK)
+        return tl.load(pages + position // PAGE, mask=position < count, other=0)
 
 
 @triton.jit
-def _normal(high, mass, sum_v):
-    """(log2 of the exp-sum, mean value) of each query; (-inf, 0) where nothing was seen."""
-    some = mass > 0
-    log_mass = tl.where(some, high + tl.log2(tl.where(some, mass, 1.0)), float("-inf"))
-    return log_mass, sum_v / tl.where(some, mass, 1.0)[:, None]
+def _cells(
+    page, block, count, gate, sink, recent, PAGE: tl.constexpr, BLOCK: tl.constexpr, SOFT: tl.constexpr
+):
+    """Where a block begins in memory, in tokens, or where each of its tokens is if pages are smaller."""
+    _, place = place_block(block, count, gate, sink, recent, BLOCK, SOFT)
+    if PAGE > BLOCK:
+        return page.to(tl.int64) * PAGE + place * BLOCK % PAGE
+    elif PAGE == BLOCK:
+        return page.to(tl.int64) * PAGE
+    else:
+        return page.to(tl.int64) * PAGE + (place * BLOCK + tl.arange(0, BLOCK)) % PAGE
 
 
 @triton.jit
-def _mix(near_log, far_log, gate):
-    """Weights of the window's and the other keys' means in gate * full + (1 - gate) * local."""
-    top = tl.maximum(tl.maximum(near_log, far_log), -1e30)
-    near = tl.exp2(near_log - top)
-    far = tl.exp2(far_log - top)
-    both = tl.maximum(near + far, 1e-30)
-    return 1.0 - gate + gate * near / both, gate * far / both
+def _prefetch(
+    keys, values, pages, block, count,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Ask for some blocks of a row to come to the L2 cache, where a later store still reaches them."""
+    BYTES: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = (DIM * BYTES + 127) // 128
+    at = tl.arange(0, BLOCKS * BLOCK * LINES)
+    position = tl.minimum(block * BLOCK + at // LINES, tl.maximum(count - 1, 0))
+    page = tl.load(pages + position // PAGE)
+    place = (page.to(tl.int64) * PAGE + position % PAGE) * DIM + at % LINES * (128 // BYTES)
+    for half in tl.static_range(0, 2):
+        line = keys + place if half == 0 else values + place
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [line.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit(
-    do_not_specialize=[
-        "sink",
-        "recent",
-        "rows",
-        "kv_heads",
-        "table_stride_n",
-        "table_stride_h",
-        "gate_stride_n",
-    ],
-    do_not_specialize_on_alignment=[
-        "table",
-        "counts",
-        "gates",
-        "scales",
-        "shares",
-        "totals",
-        "arrivals",
-    ],
+    do_not_specialize=["sink", "recent", "rows", "kv_heads", "stride"],
+    do_not_specialize_on_alignment=["table", "counts", "gates", "scales", "shares", "arrivals"],
 )  # one compilation for all batch sizes and layers
 def decode_kernel(
-    query,  # [n, kv_heads * GROUP, DIM]
+    query,  # [rows, GROUP, DIM], row = request * kv_heads + head
     keys,  # [pages, PAGE, DIM]
     values,
-    table,  # int32 [n, kv_heads, most pages of a row]
+    table,  # int32 [rows, most pages of a row]
     output,  # like query
-    counts,  # int32 [rows], row = request * kv_heads + head
-    gates,  # float32 [n, kv_heads], SOFT only
+    counts,  # int32 [rows]
+    gates,  # float32 [rows], SOFT only
     scales,  # float32 [2, kv_heads] of stored keys and values, SCALED only
-    shares,  # int32 [programs, SHARE]: first row, first block of it, blocks, blocks before, the row's count
-    totals,  # int32 [2]: blocks of all rows, programs that get some
-    part_values,  # float32 [2 * programs, BRANCHES, GROUP_TILE, DIM]
-    part_logs,  # float32 [2 * programs, BRANCHES, GROUP_TILE]
+    shares,  # int32 [programs, SHARE]: see DecodePlan
+    part_values,  # float32 [2 * programs, BRANCHES * GROUP_TILE, DIM]
+    part_logs,  # float32 [2 * programs, BRANCHES * GROUP_TILE]
     arrivals,  # int32 [rows], zeros before and after
     scale,
     sink,
     recent,
     rows,
     kv_heads,
-    query_stride,
-    output_stride,
-    table_stride_n,
-    table_stride_h,
-    gate_stride_n,
+    stride,  # of the table
     GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
     GROUP_TILE: tl.constexpr,
+    TILES: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
@@ -135,183 +130,159 @@ def decode_kernel(
     WIDE: tl.constexpr,
     PARTS: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    """Every program takes an equal share of all rows' blocks; the last to finish a shared row merges it."""
+    """Every program takes a share of all rows' blocks; the last to finish a shared row merges it.
+
+    One loop runs through the share, whatever rows it holds, so that keys of the next row are on their way
+    while this row ends. Soft gates: the queries stand in the tile twice, to see the window's keys and the
+    others.
+    """
     BRANCHES: tl.constexpr = 2 if SOFT else 1
+    QUERIES: tl.constexpr = TILES * GROUP_TILE
     dtype: tl.constexpr = query.dtype.element_ty
     if EARLY:
         gdc_launch_dependents()
     program = tl.program_id(0)
-    share = shares + program * 5
+    share = shares + program * SHARE
     row = tl.load(share)
-    block_from = tl.load(share + 1)
+    block = tl.load(share + 1)
     todo = tl.load(share + 2)
-    before = tl.load(share + 3)
-    count = tl.load(share + 4)
-    total = tl.load(totals)
-    sharers = tl.load(totals + 1)
+    count = tl.load(share + 3)
+    next_count = tl.load(share + 4)
+    first_part = tl.load(share + 5)
+    first_parts = tl.load(share + 6)
+    last_parts = tl.load(share + 7)
     at_query = tl.arange(0, QUERIES)
+    at_key = tl.arange(0, BLOCK)
     at_dim = tl.arange(0, DIM)
-    real = at_query < GROUP
+    branch = at_query // GROUP_TILE
+    group = at_query % GROUP_TILE
+    real = (group < GROUP) & (branch < BRANCHES)
     inside = real[:, None] & (at_dim[None, :] < DIM)
-    tile = at_query[:, None] * DIM + at_dim[None, :]
-    pages, first = _locate(row, kv_heads, query_stride, table_stride_n, table_stride_h, GROUP * DIM)
-    found = _find(table + pages, block_from, count, PAGE, BLOCK)
+    tile = group[:, None] * DIM + at_dim[None, :]
+    first_row = row
+    gate = 0.0
+    next_gate = 0.0
+    if SOFT:
+        gate = tl.load(gates + row)
+        next_gate = tl.load(gates + tl.minimum(row + 1, rows - 1))
+    page = _pages(table, stride, row, block, count, gate, sink, recent, PAGE, BLOCK, SOFT)
+    if EARLY:  # noqa: SIM102
+        if todo > 0:
+            _, place = place_block(block, count, gate, sink, recent, BLOCK, SOFT)
+            _prefetch(keys, values, table + row.to(tl.int64) * stride, place, count, PAGE, BLOCK, DIM, AHEAD)
+    found = _cells(page, block, count, gate, sink, recent, PAGE, BLOCK, SOFT)
+    next_row, next_block, next_count, next_gate = _advance(
+        row, block, count, gate, next_count, next_gate, rows, sink, recent, BLOCK, SOFT
+    )
+    next_page = _pages(
+        table, stride, next_row, next_block, next_count, next_gate, sink, recent, PAGE, BLOCK, SOFT
+    )
+    later_count, later_gate = _look_up(counts, gates, next_row, rows, SOFT)
     if EARLY:  # so far nothing was read that the kernel before this one may have written
         gdc_wait()
-    q = tl.load(query + first + tile, mask=inside, other=0.0)
-    while todo > 0:
-        request = row // kv_heads
-        head = row % kv_heads
-        blocks = tl.maximum((count + BLOCK - 1) // BLOCK, 1)
-        if SOFT:  # blocks that touch the window come first, then those between its two parts
-            gate = tl.load(gates + request.to(tl.int64) * gate_stride_n + head)
-            sinks = tl.minimum((sink + BLOCK - 1) // BLOCK, blocks)
-            recents = tl.maximum(sinks, tl.maximum(count - recent, 0) // BLOCK)
-            touching = sinks + blocks - recents
-            blocks = tl.where(gate == 0.0, touching, blocks)
-        block_to = tl.minimum(block_from + todo, blocks)
-        # the next row's first look-ups don't wait for this row's end
-        next_row = tl.minimum(row + 1, rows - 1)
-        next_pages, next_first = _locate(
-            next_row, kv_heads, query_stride, table_stride_n, table_stride_h, GROUP * DIM
-        )
-        next_q = tl.load(query + next_first + tile, mask=inside, other=0.0)
-        next_count = tl.load(counts + next_row)
-        next_found = found
-        if not SOFT:
-            next_found = _find(table + next_pages, 0, 1 << 30, PAGE, BLOCK)
+    high = tl.full([QUERIES], float("-inf"), tl.float32)
+    mass = tl.zeros([QUERIES, BLOCK], tl.float32)  # summed up at the row's end
+    sum_v = tl.zeros([QUERIES, DIM], tl.float32)
+    began = (block == 0).to(tl.int32)  # whether this program has the row's first block
+    for step in range(0, todo):
+        blocks, place = place_block(block, count, gate, sink, recent, BLOCK, SOFT)
+        start = place * BLOCK
+        valid = at_key < count - start
+        if PAGE >= BLOCK:
+            from_keys = keys + found * DIM + (at_key[:, None] * DIM + at_dim[None, :])
+            from_values = values + found * DIM + (at_key[:, None] * DIM + at_dim[None, :])
+        else:
+            from_keys = keys + (found[:, None] * DIM + at_dim[None, :])
+            from_values = values + (found[:, None] * DIM + at_dim[None, :])
+        k = tl.load(from_keys, mask=valid[:, None], other=0.0)
+        v = tl.load(from_values, mask=valid[:, None], other=0.0)
+        q = tl.load(query + row.to(tl.int64) * (GROUP * DIM) + tile, mask=inside, other=0.0)
         row_scale = scale
         if SCALED:
-            row_scale = scale * tl.load(scales + head)
-
-        far_high = tl.full([QUERIES], float("-inf"), tl.float32)
-        far_mass = tl.zeros([QUERIES], tl.float32)
-        far_sum = tl.zeros([QUERIES, DIM], tl.float32)
-        shift = 0
-        middle = block_from
+            row_scale = scale * tl.load(scales + row % kv_heads)
+        scores = tl.dot(q, tl.trans(k.to(dtype)), input_precision=WIDE) * row_scale
         if SOFT:
-            near_high = tl.full([QUERIES], float("-inf"), tl.float32)
-            near_mass = tl.zeros([QUERIES], tl.float32)
-            near_sum = tl.zeros([QUERIES, DIM], tl.float32)
-            block = tl.where(block_from < sinks, block_from, block_from - sinks + recents)
-            found = _find(table + pages, block, count, PAGE, BLOCK)
-            for step in range(block_from, tl.minimum(block_to, touching)):
-                k, v, position, valid = _load_block(keys, values, found, block, count, PAGE, BLOCK, DIM)
-                block = tl.where(step + 1 < sinks, step + 1, step + 1 - sinks + recents)
-                found = _find(table + pages, block, count, PAGE, BLOCK)
-                k, v = k.to(dtype), v.to(dtype)
-                near = (position < sink) | (position >= count - recent)
-                near_high, near_mass, near_sum = _add_keys(
-                    q, k, v, valid & near, near_high, near_mass, near_sum, row_scale, WIDE
-                )
-                far_high, far_mass, far_sum = _add_keys(
-                    q, k, v, valid & ~near, far_high, far_mass, far_sum, row_scale, WIDE
-                )
-            shift = sinks - touching
-            middle = tl.maximum(block_from, touching)
-            found = _find(table + pages, middle + shift, count, PAGE, BLOCK)
-        for step in range(middle, block_to):
-            k, v, position, valid = _load_block(keys, values, found, step + shift, count, PAGE, BLOCK, DIM)
-            found = _find(table + pages, step + 1 + shift, count, PAGE, BLOCK)
-            far_high, far_mass, far_sum = _add_keys(
-                q, k.to(dtype), v.to(dtype), valid, far_high, far_mass, far_sum, row_scale, WIDE
-            )
-        far_log, far_mean = _normal(far_high, far_mass, far_sum)
-        value_scale = 1.0
-        if SCALED:
-            value_scale = tl.load(scales + kv_heads + head)
-        where_output = output + request.to(tl.int64) * output_stride + head * GROUP * DIM
-        if SOFT:
-            near_log, near_mean = _normal(near_high, near_mass, near_sum)
-        if block_to - block_from == blocks:
-            result = far_mean
-            if SOFT:
-                near_weight, far_weight = _mix(near_log, far_log, gate)
-                result = near_mean * near_weight[:, None] + far_mean * far_weight[:, None]
-            tl.store(where_output + tile, (result * value_scale).to(dtype), mask=inside)
+            near = (at_key < sink - start) | (at_key >= count - recent - start)
+            seen = valid[None, :] & (near[None, :] == (branch == 0)[:, None])
         else:
-            slot = 2 * program + (block_from == 0).to(tl.int32)
-            where_log = slot * BRANCHES * GROUP_TILE + at_query
-            where_value = where_log[:, None] * DIM + at_dim[None, :]
-            tl.store(part_logs + where_log, far_log, mask=real)
-            tl.store(part_values + where_value, far_mean, mask=inside)
-            if SOFT:
-                tl.store(part_logs + GROUP_TILE + where_log, near_log, mask=real)
-                tl.store(part_values + GROUP_TILE * DIM + where_value, near_mean, mask=inside)
-            tl.debug_barrier()
-            first_part = ((before - block_from + 1) * sharers - 1) // total
-            parts = ((before - block_from + blocks) * sharers - 1) // total - first_part + 1
-            if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == parts - 1:
-                tl.store(arrivals + row, 0)
-                at_group = tl.arange(0, GROUP_TILE)
-                all_far_log, merged = _merge(
-                    part_logs, part_values, first_part, parts, BRANCHES, GROUP, GROUP_TILE, DIM, PARTS
-                )
-                if SOFT:
-                    all_near_log, all_near = _merge(
-                        part_logs + GROUP_TILE,
-                        part_values + GROUP_TILE * DIM,
-                        first_part,
-                        parts,
-                        BRANCHES,
-                        GROUP,
-                        GROUP_TILE,
-                        DIM,
-                        PARTS,
-                    )
-                    all_near_weight, all_far_weight = _mix(all_near_log, all_far_log, gate)
-                    merged = all_near * all_near_weight[:, None] + merged * all_far_weight[:, None]
-                where = at_group[:, None] * DIM + at_dim[None, :]
-                tl.store(
-                    where_output + where,
-                    (merged * value_scale).to(dtype),
-                    mask=(at_group < GROUP)[:, None] & (at_dim[None, :] < DIM),
-                )
-        todo -= block_to - block_from
-        before += block_to - block_from
-        block_from = 0
-        row, count, q, found = next_row, next_count, next_q, next_found
-        pages = next_pages
-
-
-@triton.jit
-def _merge(
-    part_logs,
-    part_values,
-    first,
-    parts,
-    BRANCHES: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Log-sum-exp merge of one row's parts: (log2 of the exp-sum [GROUP_TILE], mean value [.., DIM])."""
-    at_group = tl.arange(0, GROUP_TILE)
-    at_part = tl.arange(0, PARTS)
-    at_dim = tl.arange(0, DIM)
-    high = tl.full([GROUP_TILE], -1e30, tl.float32)
-    mass = tl.zeros([GROUP_TILE], tl.float32)
-    mean = tl.zeros([GROUP_TILE, DIM], tl.float32)
-    for start in range(0, parts, PARTS):
-        part = start + at_part
-        slot = 2 * (first + part) + (part == 0).to(tl.int32)
-        where = slot[:, None] * BRANCHES * GROUP_TILE + at_group[None, :]
-        there = (part < parts)[:, None] & (at_group < GROUP)[None, :]
-        logs = tl.load(part_logs + where, mask=there, other=float("-inf"), cache_modifier=".cg")
-        inside = there[:, :, None] & (at_dim < DIM)[None, None, :]
-        here = tl.load(
-            part_values + where[:, :, None] * DIM + at_dim[None, None, :],
-            mask=inside,
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        above = tl.maximum(high, tl.max(logs, 0))
-        weights = tl.exp2(logs - above[None, :])
-        shrink = tl.exp2(high - above)
-        mass = mass * shrink + tl.sum(weights, 0)
-        mean = mean * shrink[:, None] + tl.sum(weights[:, :, None] * here, 0)
+            seen = valid[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        above = tl.maximum(high, tl.max(scores, 1))
+        shift = tl.where(above == float("-inf"), 0.0, above)  # nothing seen yet
+        weights = tl.exp2(scores - shift[:, None])
+        shrink = tl.exp2(high - shift)
         high = above
-    some = tl.maximum(mass, 1e-30)
-    return tl.where(mass > 0, high + tl.log2(some), float("-inf")), mean / some[:, None]
+        mass = mass * shrink[:, None] + weights
+        sum_v = tl.dot(weights.to(dtype), v.to(dtype), sum_v * shrink[:, None], input_precision=WIDE)
+
+        ends = block + 1 == blocks
+        if ends | (step + 1 == todo):
+            total = tl.sum(mass, 1)
+            some = tl.where(total > 0, total, 1.0)
+            mean = sum_v * (1.0 / some)[:, None]
+            log = tl.where(total > 0, high + tl.log2(some), float("-inf"))
+            if ends & (began != 0):
+                if SCALED:
+                    mean = mean * tl.load(scales + kv_heads + row % kv_heads)
+                where_output = output + row.to(tl.int64) * (GROUP * DIM)
+                if SOFT:
+                    mixed = mix(log, mean, gate, 1, TILES, GROUP_TILE, DIM)
+                    at_group = tl.arange(0, GROUP_TILE)[:, None]
+                    tl.store(
+                        where_output + at_group * DIM + at_dim[None, :],
+                        mixed.to(dtype),
+                        mask=at_group < GROUP,
+                    )
+                else:
+                    tl.store(where_output + tile, mean.to(dtype), mask=inside)
+            else:
+                where_log = (2 * program + began) * BRANCHES * GROUP_TILE + at_query
+                tl.store(part_logs + where_log, log, mask=real)
+                tl.store(part_values + where_log[:, None] * DIM + at_dim[None, :], mean, mask=inside)
+            high = tl.full([QUERIES], float("-inf"), tl.float32)
+            mass = tl.zeros([QUERIES, BLOCK], tl.float32)
+            sum_v = tl.zeros([QUERIES, DIM], tl.float32)
+
+        began = tl.where(ends, 1, began)
+        row = tl.where(ends, row + 1, row)
+        count = tl.where(ends, next_count, count)
+        if SOFT:
+            gate = tl.where(ends, next_gate, gate)
+        block = tl.where(ends, 0, block + 1)
+        found = _cells(next_page, block, count, gate, sink, recent, PAGE, BLOCK, SOFT)
+        # looked up two steps ahead, for the loads of one step ahead start in this one
+        next_row, next_block, next_count, next_gate = _advance(
+            next_row,
+            next_block,
+            next_count,
+            next_gate,
+            later_count,
+            later_gate,
+            rows,
+            sink,
+            recent,
+            BLOCK,
+            SOFT,
+        )
+        next_page = _pages(
+            table, stride, next_row, next_block, next_count, next_gate, sink, recent, PAGE, BLOCK, SOFT
+        )
+        later_count, later_gate = _look_up(counts, gates, next_row, rows, SOFT)
+    if first_parts + last_parts > 0:
+        tl.debug_barrier()
+        sides = tl.arange(0, 2)
+        parts = tl.where(sides == 0, first_parts, last_parts)
+        place = arrivals + tl.where(sides == 0, first_row, row)
+        last = (tl.atomic_add(place, 1, mask=parts > 0, sem="acq_rel") == parts - 1) & (parts > 0)
+        tl.store(place, 0, mask=last)
+        first_parts = tl.sum(tl.where(last & (sides == 0), parts, 0), 0)
+        last_parts = tl.sum(tl.where(last & (sides == 1), parts, 0), 0)
+        if first_parts + last_parts > 0:
+            merge(
+                output, gates, scales, part_values, part_logs,
+                first_row, first_part, first_parts, row, program, last_parts,
+                kv_heads, GROUP, GROUP_TILE, DIM, SOFT, SCALED, PARTS,
+            )  # fmt: skip

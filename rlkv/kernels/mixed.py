@@ -61,7 +61,7 @@ class Plan:
     docs: int
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # a batch has some forty shapes
 def make_plan(
     lengths: tuple[int, ...], window: Window, groups: int, device: torch.device, tuning: Tuning = DEFAULT
 ) -> Plan:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rlkv.kernels import check_device
 from rlkv.window import Window
@@ -37,8 +40,11 @@ def store_kernel(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     SCALED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One request's new token: full heads at its position, local heads at its place in the ring."""
+    if EARLY:
+        gdc_launch_dependents()
     request = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + request).to(tl.int32)
     head = tl.arange(0, HEADS)
@@ -50,6 +56,8 @@ def store_kernel(
     page = tl.load(table + where, mask=there, other=0).to(tl.int64)
     at_dim = tl.arange(0, DIM)[None, :]
     inside = there[:, None] & (at_dim < DIM)
+    if EARLY:  # so far nothing was read that the kernel before this one may have written
+        gdc_wait()
     new_key = tl.load(
         key + request * key_stride_n + head[:, None] * key_stride_h + at_dim, mask=inside, other=0.0
     )
@@ -64,6 +72,12 @@ def store_kernel(
     tl.store(values + cell, new_value.to(values.dtype.element_ty), mask=inside)
 
 
+@cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel can begin there while the one before ends: programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def store(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -74,15 +88,18 @@ def store(
     full: torch.Tensor,
     window: Window,
     scales: torch.Tensor | None = None,
+    early: bool = False,
 ) -> None:
     """Put one token a request into its pages: ``key``, ``value`` [n, kv_heads, D] at ``positions`` int [n].
 
     Full heads (``full`` bool [kv_heads] or [n, kv_heads]) store it at its position, local heads at its place
     in the ring; a negative position stores nothing. The rest is as in
-    :meth:`rlkv.kernels.decode.PagedDecoder.attend`.
+    :meth:`rlkv.kernels.decode.PagedDecoder.attend`. ``early``: begin, where the GPU can, while
+    the kernel before ends, which then must not be the one that makes ``positions``, ``table`` or ``full``.
     """
     check_device(key, value, keys, values, table)
     count, heads, dim = key.shape
+    early = early and overlaps_launches(key.device)
     full = full.view(-1, heads)
     store_kernel[(count,)](
         key,
@@ -107,5 +124,7 @@ def store(
         PAGE=keys.shape[1],
         DIM=dim,
         SCALED=scales is not None,
+        EARLY=early,
+        launch_pdl=early,
         num_warps=4,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers.cache_utils import Cache
 from rlkv.attention import Layout
 from rlkv.attention.chunked import causal_attention, local_attention
 from rlkv.errors import RLKVError
-from rlkv.paged.forward import use_kernels
+from rlkv.family import use_kernels
 from rlkv.paged.plain import PlainDecoder
 from rlkv.paged.plain import store as plain_store
 from rlkv.paged.pool import TRASH
@@ -24,8 +25,9 @@ COPIED_AT_ONCE = 4096  # pages
 class PagedCache(Cache):
     """``keys`` and ``values`` [pages, page_size, head_dim], shared by all layers and heads.
 
-    ``decode`` or ``prompt`` says what the next forward is; a forward of transformers then passes through
-    ``update``, one of our own calls ``attend_one``.
+    Their memory can be given back between rollouts: ``release`` and ``hold``. ``decode`` or ``prompt`` says
+    what the next forward is; a forward of transformers then passes through ``update``, one of our own calls
+    ``attend_one``.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class PagedCache(Cache):
     ) -> None:
         super().__init__(layers=[])
         self.window, self.prefill, self.page_size = window, prefill, page_size
-        self.keys = torch.zeros(pages, page_size, shape.head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.keys: Any = None
+        self.values: Any = None
+        self._place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._sizes = (pages, page_size, shape.head_dim)
+        self.hold()
         self._scaling = shape.head_dim**-0.5
         self._every_head = torch.ones(shape.kv_heads, dtype=torch.bool, device=device)
         self.decoder: Any = PlainDecoder()
@@ -52,7 +57,8 @@ class PagedCache(Cache):
             from rlkv.kernels.decode import PagedDecoder
             from rlkv.kernels.decode import store as kernel_store
 
-            self._store = kernel_store
+            # positions and table are made long before the kernel that comes before it
+            self._store = partial(kernel_store, early=True)
             self.decoder = PagedDecoder(
                 rows=slots * shape.kv_heads,
                 query_heads=shape.query_heads,
@@ -63,6 +69,17 @@ class PagedCache(Cache):
             )
         self._step: _Step | None = None
         self._prompt: _Prompt | None = None
+
+    def hold(self) -> None:
+        """Take memory for the pages, unless they have theirs."""
+        if self.keys is None:
+            _return_unused(self._place["device"])
+            self.keys, self.values = (torch.zeros(self._sizes, **self._place) for _ in range(2))
+
+    def release(self) -> None:
+        """Give the pages' memory back; whatever they held is lost."""
+        self.keys = self.values = self._step = self._prompt = None
+        _return_unused(self._place["device"])
 
     def decode(
         self,
@@ -213,6 +230,12 @@ class _Prompt:
         cell = torch.where(kept, page * cache.page_size + place % cache.page_size, TRASH).flatten()
         for states, new in ((cache.keys, key), (cache.values, value)):
             states.view(-1, dim)[cell] = new.reshape(-1, dim)
+
+
+def _return_unused(device: torch.device) -> None:
+    """To the device, in whole: PyTorch would hand out parts of a large block, which then no longer fits."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def pages_in(memory: int, shape: ModelShape, page_size: int, dtype: torch.dtype) -> int:

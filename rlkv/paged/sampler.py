@@ -11,10 +11,10 @@ import torch
 
 from rlkv.attention import NAME
 from rlkv.errors import RLKVError
+from rlkv.family import FamilyForward
 from rlkv.logprobs import check_head
 from rlkv.paged.admission import next_jobs
 from rlkv.paged.cache import PagedCache, pages_in
-from rlkv.paged.forward import FamilyForward
 from rlkv.paged.pool import PagePool
 from rlkv.paged.prefill import prefill
 from rlkv.paged.state import Job, Live, PagedState, Run, make_jobs
@@ -39,6 +39,7 @@ class PagedSampler:
     free; should they run out later, the youngest gives its pages back, waits, and goes on where it was.
 
     ``join_weights`` lays the weights that one product can serve side by side, in place (None: on CUDA).
+    ``release``: give the pages' memory back after each ``generate``, and take it again for the next.
     Raises RLKVError as Sampler does, and when the pages can't hold a single request.
     """
 
@@ -54,6 +55,7 @@ class PagedSampler:
         page_size: int = 64,
         cuda_graphs: bool | None = None,
         join_weights: bool | None = None,
+        release: bool = False,
     ) -> None:
         shape = check_model(model)
         weight = next(model.parameters())
@@ -75,6 +77,7 @@ class PagedSampler:
         # a look at which requests have finished waits for the device; a prompt pass is many launches
         self._every, self._refill = (8, max(1, slots // 16)) if weight.is_cuda else (1, 1)
         self._prompt_tokens = 16384 if weight.is_cuda else 2048
+        self._release = release
         self._stops: dict[tuple[int, ...], torch.Tensor] = {}
         heads = (shape.layers, shape.kv_heads)
         if kv_bytes is None:
@@ -140,6 +143,8 @@ class PagedSampler:
                                 on_finish(completion)
         finally:
             self._vacate(run, list(run.live))
+            if self._release:
+                self._cache.release()
         generated = sum(len(completion.tokens) for completion in done.values())
         self.tokens_per_second = generated / max(time.perf_counter() - began, 1e-9)
         return [done[index] for index in range(run.jobs)]
@@ -162,8 +167,9 @@ class PagedSampler:
                     f"prompt {job.index} with {job.limit} new tokens, which is {need} pages; give more "
                     "kv_bytes or fewer max_new_tokens"
                 )
+        self._cache.hold()
         if self._graphs:
-            self._graphs.refresh()
+            self._graphs.refresh(self._cache.keys, self._cache.values)
         self.preemptions, self.pool.most_used = 0, self.pool.used
         return Run(
             jobs=len(checked),

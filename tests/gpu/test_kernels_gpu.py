@@ -64,44 +64,78 @@ def test_decode_of_fp8_pages() -> None:
     assert error(found, wanted) < 4e-3
 
 
-def test_a_captured_step_stays_right_while_lengths_grow() -> None:
-    from rlkv.kernels.decode import PagedDecoder, held_counts, store
+@pytest.mark.parametrize("early", [False, True])
+def test_a_captured_step_stays_right_while_lengths_grow(early: bool) -> None:
+    """Three layers, as the sampler runs them: a plan, then in each a new token stored and attended to.
 
-    window, mask = Window(16, 64), torch.tensor([[True, False, True, False]], device="cuda")
-    capacity, dim = 1024, 128
-    paged = make_paged(torch.full((3, 4), capacity), dim, 64, torch.bfloat16)
+    With ``early`` every launch but the first begins while the one before it runs, and reads what that made.
+    """
+    from rlkv.kernels.decode import PagedDecoder, Tuning, held_counts, store
+
+    window, layers, capacity, dim = Window(16, 64), 3, 1024, 128
+    mask = torch.tensor([[True, False, True, False], [False] * 4, [True] * 4], device="cuda")
+    caches = [make_paged(torch.full((3, 4), capacity), dim, 64, torch.bfloat16) for _ in range(layers)]
     lengths = torch.tensor([0, 40, 700], device="cuda")
-    states = torch.randn(2, capacity, 3, 4, dim, device="cuda", dtype=torch.bfloat16)  # by position
+    states = torch.randn(2, capacity, layers, 3, 4, dim, device="cuda", dtype=torch.bfloat16)  # by position
     for position in range(700):
         positions = torch.where(position < lengths, position, -1)
-        store(*states[:, position], paged.keys, paged.values, paged.table, positions, mask[0], window)
+        for layer, paged in enumerate(caches):
+            pools = (paged.keys, paged.values, paged.table)
+            store(*states[:, position, layer], *pools, positions, mask[layer], window)
     positions, query = lengths.clone(), torch.randn(3, 16, dim, device="cuda", dtype=torch.bfloat16)
     request = torch.arange(3, device="cuda")
-    decoder = PagedDecoder(rows=12, query_heads=16, kv_heads=4, head_dim=dim, device="cuda")
+    decoder = PagedDecoder(
+        rows=12, query_heads=16, kv_heads=4, head_dim=dim, device="cuda", tuning=Tuning(early=early)
+    )
 
-    def step() -> torch.Tensor:
-        key, value = states[0][positions, request], states[1][positions, request]
-        store(key, value, paged.keys, paged.values, paged.table, positions, mask[0], window)
+    def step() -> list[torch.Tensor]:
         plan = decoder.plan(held_counts(positions + 1, mask, window))
-        output = decoder.attend(query, paged.keys, paged.values, paged.table, plan, 0, dim**-0.5)
+        outputs = []
+        for layer, paged in enumerate(caches):
+            key, value = (part[positions, layer, request] for part in states)
+            pools = (paged.keys, paged.values, paged.table)
+            store(key, value, *pools, positions, mask[layer], window, early=early)
+            outputs.append(decoder.attend(query, *pools, plan, layer, dim**-0.5))
         positions.add_(1)
-        return output
+        return outputs
 
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = step()
+        outputs = step()
     for _ in range(200):
         graph.replay()
     assert positions.tolist() == [201, 241, 901]
-    for row, length in enumerate(positions.tolist()):
-        at = torch.arange(length, device="cuda")
-        for head in range(4):
-            seen = at >= 0 if mask[0, head] else window.sees(at[-1], at)
-            key, value = states[:, :length, row, head][:, seen].double()
-            queries = query[row, 4 * head : 4 * head + 4].double()
-            wanted = (queries @ key.T * dim**-0.5).softmax(-1) @ value
-            assert error(output[row, 4 * head : 4 * head + 4], wanted) < 4e-3
+    for layer, output in enumerate(outputs):
+        for row, length in enumerate(positions.tolist()):
+            at = torch.arange(length, device="cuda")
+            for head in range(4):
+                seen = at >= 0 if mask[layer, head] else window.sees(at[-1], at)
+                key, value = states[:, :length, layer, row, head][:, seen].double()
+                queries = query[row, 4 * head : 4 * head + 4].double()
+                wanted = (queries @ key.T * dim**-0.5).softmax(-1) @ value
+                assert error(output[row, 4 * head : 4 * head + 4], wanted) < 4e-3
+
+
+def test_early_launches_one_after_the_other_give_what_late_ones_do() -> None:
+    """A long chain of attentions, each reading the query that the one before wrote."""
+    from rlkv.kernels.decode import PagedDecoder, Tuning
+
+    counts = torch.randint(1, 900, (24, 8), generator=torch.Generator().manual_seed(0))
+    paged = make_paged(counts, 128, 64, torch.bfloat16)
+    query = torch.randn(24, 32, 128, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for early in (False, True):
+        tuning = Tuning(early=early)
+        decoder = PagedDecoder(
+            rows=192, query_heads=32, kv_heads=8, head_dim=128, device="cuda", tuning=tuning
+        )
+        plan, state = decoder.plan(paged.counts.expand(40, -1, -1)), query
+        for layer in range(40):
+            output = decoder.attend(state, paged.keys, paged.values, paged.table, plan, layer, 1.0)
+            state = output if layer % 2 else output + query
+        found.append(state)
+    assert found[0].isfinite().all() and (found[0] - found[1]).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def make_decoder(
         (16, 32, 7, 1, 1, 32),
         (32, 16, 3, 2, 4, 64),
         (64, 32, 40, 1, 3, 16),
+        (16, 16, 30, 1, 8, 16),
         (32, 32, 4, 3, 1, 128),
     ],
 )
@@ -57,19 +58,37 @@ def test_rows_of_any_length_match_the_definition(
         torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("page, block, programs", [(16, 16, 6), (32, 16, 30), (16, 32, 1)])
-def test_soft_gates_mix_both_branches(page: int, block: int, programs: int) -> None:
+@pytest.mark.parametrize(
+    "page, block, programs, group", [(16, 16, 6, 2), (32, 16, 30, 2), (16, 32, 1, 3), (16, 16, 9, 9)]
+)
+def test_soft_gates_mix_both_branches(page: int, block: int, programs: int, group: int) -> None:
     generator = torch.Generator().manual_seed(page)
     counts = torch.tensor([[149], [50], [51], [7], [89]]).expand(5, 3)
     paged = make_paged(counts, 16, page, torch.float32)
-    query = torch.randn(5, 6, 16, generator=generator).to(DEVICE)
+    query = torch.randn(5, 3 * group, 16, generator=generator).to(DEVICE)
     gates = torch.rand(5, 2, 3, generator=generator)
     gates[0, 1, 0], gates[0, 1, 1], gates[4, 1, 2] = 0, 1, 0
-    decoder = make_decoder(5, 3, 2, 16, programs, block)
+    decoder = make_decoder(5, 3, group, 16, programs, block)
     plan = decoder.plan(paged.counts.expand(2, -1, -1), gates.to(DEVICE), WINDOW)
     found = decoder.attend(query, paged.keys, paged.values, paged.table, plan, 1, 0.25)
     wanted = attention(query, paged, 0.25, gates[:, 1], WINDOW)
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_broken_row_spoils_no_other() -> None:
+    """Requests share programs: NaN in one's keys must stay with it."""
+    counts = torch.tensor([[70, 9], [40, 130], [5, 64]])
+    paged = make_paged(counts, 16, 16, torch.float32)
+    query = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    wanted = attention(query, paged, 0.25, None, None)
+    for pool in (paged.keys, paged.values):
+        pool[paged.table[1, 0, :3].long()] = torch.nan
+    decoder = make_decoder(3, 2, 2, 16, programs=4)
+    plan = decoder.plan(paged.counts[None])
+    found = decoder.attend(query, paged.keys, paged.values, paged.table, plan, 0, 0.25).cpu().double()
+    assert found[1, :2].isnan().all()
+    found[1, :2] = wanted[1, :2]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_closed_gate_reads_its_window_alone() -> None:
@@ -139,22 +158,29 @@ def test_scales_undo_what_storing_divided_by() -> None:
 
 @pytest.mark.parametrize("least", [1, 3])
 def test_work_is_shared_evenly_whatever_the_lengths(least: int) -> None:
-    counts = torch.tensor([[[3000, 5], [700, 64]], [[1, 1], [1, 1]]], device=DEVICE)
+    counts = torch.tensor([[[3000, 5], [700, 64]], [[1, 0], [1, 1]]], device=DEVICE)
     decoder = make_decoder(2, 2, 1, 16, programs=6, block=64, least=least)
     plan = decoder.plan(counts)
     for layer, rows in enumerate([[47, 1, 11, 1], [1, 1, 1, 1]]):
-        total = sum(rows)
-        sharers = max(1, min(6, total // least))
-        assert plan.totals[layer].tolist() == [total, sharers]
+        held = counts[layer].flatten().tolist()
+        blocks = [(row, block) for row, number in enumerate(rows) for block in range(number)]
+        sharers = max(1, min(6, len(blocks) // least))
         shares = plan.shares[layer].tolist()
         assert [share[2] for share in shares[sharers:]] == [0] * (6 - sharers)
-        at = 0
-        for row, block, blocks, before, count in shares[:sharers]:
-            assert before == at == sum(rows[:row]) + block and block < rows[row]
-            assert total // sharers <= blocks <= -(-total // sharers)
-            assert count == counts[layer].flatten()[row]
-            at += blocks
-        assert at == total
+        taken, readers = [], [set[int]() for _ in rows]
+        for program, (row, block, number, count, next_count, *_) in enumerate(shares[:sharers]):
+            assert len(blocks) // sharers <= number <= -(-len(blocks) // sharers)
+            assert (row, block) == blocks[len(taken)]
+            assert [count, next_count] == [held[row], held[min(row + 1, 3)]]
+            taken += blocks[len(taken) : len(taken) + number]
+            for read, _ in taken[-number:]:
+                readers[read].add(program)
+        assert taken == blocks
+        for program, (row, _, number, *_, begins, first, last) in enumerate(shares):
+            last_row = max((read for read in range(4) if program in readers[read]), default=row)
+            assert first == (len(readers[row]) if number and len(readers[row]) > 1 else 0)
+            assert last == (len(readers[last_row]) if last_row > row and len(readers[last_row]) > 1 else 0)
+            assert not first or begins == min(readers[row])
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -168,5 +194,10 @@ def test_what_does_not_fit_is_refused() -> None:
         make_decoder(1, 2, 2, 24)
     with pytest.raises(RLKVError, match="evenly"):
         PagedDecoder(rows=2, query_heads=5, kv_heads=2, head_dim=16, device=DEVICE, programs=1)
+    pool, apart = torch.zeros(4, 16, 16, device=DEVICE), torch.zeros(1, 2, 8, device=DEVICE).int()[:, :, ::2]
+    with pytest.raises(RLKVError, match="follow each other"):
+        decoder.attend(query, pool, pool, apart, plan, 0, 0.25)
+    with pytest.raises(RLKVError, match="at most 2 rows, got 4"):
+        decoder.plan(paged.counts.expand(1, 2, -1))
     with pytest.raises(RLKVError, match="window"):
         decoder.plan(paged.counts[None], torch.ones(1, 1, 2))

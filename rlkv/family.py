@@ -1,16 +1,19 @@
-"""One new token a request through the model's own weights, in a dozen launches a layer.
+"""The Llama family's forward over tokens side by side, a dozen launches a layer: for decoding and training.
 
-transformers' forward launches about fifty small kernels a layer, which cost as much as half the reading of
-the weights does. This one knows the Llama family's layer; other models go through their own forward.
+transformers' forward launches about fifty small kernels a layer. In a decode step they cost as much as half
+the reading of the weights does; in training they move three times the bytes of these, and autograd keeps what
+they leave behind. Other models go through their own forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rlkv.kernels import available, interpreted
 
@@ -19,14 +22,12 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FamilyForward:
-    """Final hidden states of a model of the Llama family, token by token."""
+    """Final hidden states of a model of the Llama family; gradients reach whatever ``attend`` brings in."""
 
     def __init__(self, model: Any, join: bool = False) -> None:
         self._inner = model.base_model
         self._layers = list(self._inner.layers)
         self._fused = use_kernels(next(model.parameters()).device)
-        config = model.config
-        self._kv_heads = config.num_key_value_heads
         self._dim = self._layers[0].self_attn.head_dim
         if join:
             for layer in self._layers:
@@ -45,37 +46,43 @@ class FamilyForward:
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """tokens, positions int64 [n] -> [n, width] after the final norm.
 
-        ``attend(layer, query [n, Hq, D], key [n, Hkv, D], value)`` stores the new key and value and returns
-        [n, Hq, D].
+        ``attend(layer, query [n, Hq, D], key [n, Hkv, D], value)`` returns [n, Hq, D]. Layers that
+        transformers would recompute in the backward pass (in training mode, after
+        :func:`rlkv.loading.recompute_activations`) are recomputed here too.
         """
         hidden = self._inner.embed_tokens(tokens)
-        cos, sin = (part[:, 0] for part in self._inner.rotary_emb(hidden[:, None], positions[:, None]))
-        cos, sin = cos.contiguous(), sin.contiguous()
-        add_norm = self._add_norm
-        normed, residual = add_norm(hidden, None, self._layers[0].input_layernorm)
+        angles = tuple(part[0].contiguous() for part in self._inner.rotary_emb(hidden[None], positions[None]))
+        normed, residual = self._add_norm(hidden, None, self._layers[0].input_layernorm)
         for index, layer in enumerate(self._layers):
-            attention = layer.self_attn
-            query, key, value = self._heads(attention, normed)
-            query, key = self._rotate(attention, query, key, cos, sin)
-            output = attend(index, query, key, value)
-            hidden = attention.o_proj(output.flatten(1))
-            normed, residual = add_norm(hidden, residual, layer.post_attention_layernorm)
-            hidden = layer.mlp.down_proj(self._gated(layer.mlp, normed))
-            last = index + 1 == len(self._layers)
-            norm = self._inner.norm if last else self._layers[index + 1].input_layernorm
-            normed, residual = add_norm(hidden, residual, norm)
+            step = self._layer
+            if layer.training and getattr(layer, "gradient_checkpointing", False):
+                step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
+            normed, residual = step(index, normed, residual, angles, attend)
         return normed
 
-    def _heads(self, attention: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = products(x, [attention.q_proj, attention.k_proj, attention.v_proj])
-        return tuple(part.unflatten(-1, (-1, self._dim)) for part in found)
+    def _layer(
+        self, index: int, normed: torch.Tensor, residual: torch.Tensor, angles: Any, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From one layer's input, normed and as it is, to the next one's."""
+        layer = self._layers[index]
+        attention, mlp = layer.self_attn, layer.mlp
+        states = product(normed, [attention.q_proj, attention.k_proj, attention.v_proj])
+        sizes = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        query, key, value = (part.unflatten(-1, (-1, self._dim)) for part in states.split(sizes, -1))
+        query, key = self._rotate(attention, query, key, *angles)
+        hidden = attention.o_proj(attend(index, query, key, value).flatten(1))
+        normed, residual = self._add_norm(hidden, residual, layer.post_attention_layernorm)
+        hidden = mlp.down_proj(self._silu_times(product(normed, [mlp.gate_proj, mlp.up_proj])))
+        last = index + 1 == len(self._layers)
+        norm = self._inner.norm if last else self._layers[index + 1].input_layernorm
+        return self._add_norm(hidden, residual, norm)
 
-    def _gated(self, mlp: Any, x: torch.Tensor) -> torch.Tensor:
-        gate, up = products(x, [mlp.gate_proj, mlp.up_proj])
+    def _silu_times(self, gate_up: torch.Tensor) -> torch.Tensor:
         if self._fused:
             from rlkv.kernels.elementwise import silu_times
 
-            return silu_times(gate, up)
+            return silu_times(gate_up)
+        gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
     def _add_norm(
@@ -116,16 +123,13 @@ def use_kernels(device: torch.device) -> bool:
     return available() and (device.type == "cuda" or interpreted())
 
 
-def products(x: torch.Tensor, linears: list[Any]) -> tuple[torch.Tensor, ...]:
-    """``linear(x)`` of each; one matrix product when their weights were joined."""
+def product(x: torch.Tensor, linears: list[Any]) -> torch.Tensor:
+    """``linear(x)`` of each, side by side; one matrix product when their weights were joined."""
     whole = _whole(linears)
     if whole is None:
-        return tuple(linear(x) for linear in linears)
-    found = F.linear(x, whole)
-    parts = found.split([linear.out_features for linear in linears], -1)
-    if linears[0].bias is None:
-        return parts
-    return tuple(part + linear.bias for part, linear in zip(parts, linears, strict=True))
+        return torch.cat([linear(x) for linear in linears], -1)
+    biases = [linear.bias for linear in linears]
+    return F.linear(x, whole, None if biases[0] is None else torch.cat(biases))
 
 
 def join_weights(linears: list[Any]) -> None:
