@@ -31,7 +31,6 @@ class Work:
     requests: int = 1
     rate: float = 0.0  # requests a second
     seconds: float = 0.0  # of counting
-    every: int = 1  # tokens between two reports of a request to the client
 
     def lengths(self) -> list[tuple[int, int]]:
         """Prompt and answer of each request: evenly spread, the same in every arm."""
@@ -75,7 +74,7 @@ WORKS = {
     "bound": Work("steady", "256-1024", "5120-8704", requests=90, seconds=45),
     "ample": Work("batch", "512", "512", requests=48),
     "alone": Work("alone", "128", "512"),
-    "load": Work("poisson", "2048", "512", requests=140, rate=7, every=4),
+    "load": Work("poisson", "2048", "512", requests=140, rate=7),
 }
 
 
@@ -152,7 +151,7 @@ async def steady(engine: Any, work: Work, tokens: int) -> dict[str, Any]:
 async def open_loop(engine: Any, work: Work) -> dict[str, Any]:
     """Poisson arrivals; time to the first token and between tokens, as the client sees them."""
     draw = random.Random(1)
-    crowd = Crowd(engine, work.lengths(), every=work.every)
+    crowd = Crowd(engine, work.lengths(), every=1)
     began, due, samples = time.perf_counter(), 0.0, []
     for index in range(work.requests):
         due += draw.expovariate(work.rate)

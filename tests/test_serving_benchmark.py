@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from serve_profile import summary
 from serve_table import rows
-from serve_work import WORKS, Work
+from serve_work import WORKS, Work, measure
 
 
 def test_the_steady_state_has_the_lengths_of_a_long_run() -> None:
@@ -38,6 +42,30 @@ def test_lengths_are_spread_evenly() -> None:
 
 def test_the_memory_bound_work_is_of_long_requests() -> None:
     assert WORKS["bound"].resident >= 4096
+
+
+class FakeEngine:
+    """Writes 100 tokens at once, except that every 25th keeps one waiting for 20 ms."""
+
+    tokenizer_manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=1000))
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+
+    async def async_generate(self, sampling_params: dict[str, Any], **options: Any) -> AsyncIterator[Any]:
+        async def stream() -> AsyncIterator[Any]:
+            for count in range(1, 101):
+                if count % 25 == 0:
+                    await asyncio.sleep(0.02)
+                if count % sampling_params["stream_interval"] == 0:
+                    yield {"meta_info": {"completion_tokens": count}}
+
+        return stream()
+
+
+def test_one_slow_token_is_a_long_gap() -> None:
+    found = measure(FakeEngine(), Work("poisson", "8", "100", requests=2, rate=1000), tokens=10_000)
+    assert found["itl_ms"]["p99"] > 15 and found["itl_ms"]["p50"] < found["itl_ms"]["p99"] / 4
 
 
 def test_table(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from rlkv.errors import RLKVError
 from rlkv.mask import HeadMask
 from rlkv.serving.plan import Plan
-from rlkv.serving.report import describe, describe_capacity
+from rlkv.serving.report import describe, describe_budget, describe_capacity
 from rlkv.support import ModelShape
 from rlkv.window import Window
 
@@ -94,3 +94,15 @@ def test_report_names_heads_bytes_and_gain() -> None:
     text = describe(plan)
     assert "24 of 48 KV heads full" in text and "1.99x" in text and "4+16" in text
     assert "7 requests" in describe_capacity(plan, plan.capacity(50_000_000, 7))
+
+
+def test_expected_requests_leave_room_for_prompts_in_chunks() -> None:
+    plan = make(0.5)
+    assert plan.staging() == 4096 and plan.staging(1000) == 1000  # the context at most
+    assert make(0.0).staging() == 0 and Plan(plan.mask, SHAPE, plan.window, prefill="local").staging() == 0
+    budget = 100_000_000
+    line = describe_budget(plan, budget, plan.staging(), (2048,))
+    fitting = plan.requests_for(budget, 2048, 4096)
+    assert fitting < plan.requests_for(budget, 2048)
+    assert f": {fitting} requests of 2048 tokens" in line and "a prompt of up to 4096 tokens" in line
+    assert plan.capacity(budget, fitting, 4096).tokens >= fitting * 2048

@@ -11,7 +11,7 @@ from tiny_models import tiny
 from rlkv.errors import RLKVError
 from rlkv.mask import HeadMask
 from rlkv.serving.plan import Plan
-from rlkv.serving.weights import permute, permuted
+from rlkv.serving.weights import missing, permute, permuted
 from rlkv.support import ModelShape, check_model
 from rlkv.window import Window
 
@@ -129,3 +129,15 @@ def test_what_cannot_be_permuted_is_refused() -> None:
         permute(PLAN, named("qkv_proj", "weight"), torch.randn(256, 24))
     with pytest.raises(RLKVError, match="straddles"):
         permute(PLAN, named("k_proj", "weight_scale_inv"), torch.rand(2, 3))
+
+
+def test_an_update_that_cannot_be_permuted_whole_is_not_begun() -> None:
+    weight = torch.randn(128, 24)
+    update = [(named("q_proj", "weight"), weight), (named("qkv_proj", "weight"), torch.randn(256, 24))]
+    with pytest.raises(RLKVError, match="fused"):
+        next(permuted(PLAN, update))
+    name, moved = next(permuted(PLAN, update[:1]))
+    assert name == update[0][0] and torch.equal(moved, by_hand(weight, 0, True))
+    names: set[str] = set()
+    list(permuted(PLAN, update[:1], names))
+    assert missing(PLAN, names) == [f"layers.0.self_attn.{module}_proj" for module in "kvo"]

@@ -6,13 +6,16 @@ is filled with NaN. Skipped where SGLang is not installed; docs/serving.md says 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from rlkv import pocket
 from rlkv.data import chat_tokens
@@ -54,6 +58,22 @@ class Server:
             return json.loads(content) if content else None
 
 
+def server_environment() -> dict[str, str]:
+    """SGLang's CPU engine and our plugin, on one core."""
+    paths = [
+        str(ROOT / "tests/sglang_stubs"),
+        str(ROOT),
+        str(ROOT / "sglang"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def start(
     folder: Path, prefill: Literal["full", "local"], *options: str, tp: int = 1, **settings: str
 ) -> tuple[subprocess.Popen[bytes], Server]:
@@ -64,17 +84,7 @@ def start(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [
-        str(ROOT / "tests/sglang_stubs"),
-        str(ROOT),
-        str(ROOT / "sglang"),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
+    environment = server_environment() | {
         "RLKV_MASK": str(folder / "mask.json"),
         "RLKV_PREFILL": prefill,
         "RLKV_POISON": "true",
@@ -118,7 +128,8 @@ def running(
 
 @pytest.fixture(scope="module", params=["full", "local"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("served"), request.param) as server:
+    mixed = ("--enable-mixed-chunk",) if request.param == "full" else ()  # tests/test_sglang_tp.py: reversed
+    with running(tmp_path_factory.mktemp("served"), request.param, *mixed) as server:
         yield server
 
 
@@ -190,6 +201,32 @@ def test_openai_chat(server: Server) -> None:
     assert answer["usage"]["completion_tokens"] > 0 and answer["choices"][0]["message"]["content"]
 
 
+def test_updates_are_permuted_or_refused(server: Server) -> None:
+    """The same weights, sent again: nothing may change, unless they came in another order unseen."""
+    prompts = {"input_ids": requests(4), "sampling_params": {"temperature": 0, "max_new_tokens": 24}}
+
+    def update(weights: dict[str, torch.Tensor], load_format: str | None = None) -> str:
+        payload = base64.b64encode(pickle.dumps(list(weights.items()))).decode()
+        body = {"serialized_named_tensors": [payload], "load_format": load_format}
+        time.sleep(0.5)  # SGLang wants an idle server
+        try:
+            found = server.post("/update_weights_from_tensor", body)
+        except urllib.error.HTTPError as error:
+            found = json.loads(error.read())
+        assert [answer["output_ids"] for answer in server.post("/generate", prompts)] == before
+        return str(found["message"])
+
+    before = [answer["output_ids"] for answer in server.post("/generate", prompts)]
+    model, _ = pocket.load()
+    weights = {name: weight.data for name, weight in model.named_parameters() if "self_attn" in name}
+    assert update(weights) == "Success"
+    names = [[f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkv"] for layer in range(6)]
+    fused = {name[0].replace("q_proj", "qkv_proj"): torch.cat([weights[n] for n in name]) for name in names}
+    assert "would leave heads in the checkpoint's order" in update(fused, "direct")
+    spoiled = {names[0][0]: 0 * weights[names[0][0]]}
+    assert "fused QKV checkpoints can't be permuted" in update(spoiled | fused)
+
+
 def test_the_plan_is_in_the_log(server: Server) -> None:
     log = server.log.read_text()
     heads = server.mask.full.numel()
@@ -209,3 +246,43 @@ def test_refusals(tmp_path: Path, options: list[str], settings: dict[str, str], 
     process, server = start(tmp_path, "full", *options, **settings)
     assert process.wait(120) != 0
     assert sentence in server.log.read_text()
+
+
+def test_what_sglang_makes_of_its_arguments_is_checked(tmp_path: Path) -> None:
+    """Prefill graphs and quantisation that only the resolved arguments show, and the context asked for."""
+    shape = load_shape("pocket")
+    mask = HeadMask.random(shape.layers, shape.kv_heads, 0.5, window=pocket.WINDOW, model=shape)
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    for file in pocket.weights_folder().iterdir():
+        (quantised / file.name).symlink_to(file)
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").unlink()
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (quantised / "config.json").write_text(json.dumps(config))
+    script = f"""
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import ServerArgs
+
+def resolve(**options):
+    plain = dict(model_path={str(pocket.weights_folder())!r}, attention_backend="rlkv", device="cpu")
+    plain |= dict(dtype="float32", sampling_backend="pytorch", grammar_backend="none")
+    try:
+        return ServerArgs(**plain | options)
+    except Exception as error:
+        print("REFUSED", error)
+
+resolve(cuda_graph_backend_prefill="breakable")
+resolve(cuda_graph_config={{"prefill": {{"backend": "full"}}}})
+resolve(model_path={str(quantised)!r})
+args = resolve(context_length=300, chunked_prefill_size=48)
+print("STAGING", args.get_model_config().rlkv.staging, args.cuda_graph_config.prefill.backend)
+"""
+    environment = server_environment() | {"RLKV_MASK": str(mask.save(tmp_path / "mask.json"))}
+    environment["RLKV_BACKEND"] = "triton"  # SGLang turns graphs off with torch_native
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    said = [line for line in run.stdout.splitlines() if line.startswith(("REFUSED", "STAGING"))]
+    assert len(said) == 4, run.stderr[-3000:]
+    assert "CUDA graphs for prefill (breakable)" in said[0] and "CUDA graphs for prefill (full)" in said[1]
+    assert "quantization mxfp4" in said[2] and said[3] == "STAGING 300 disabled"

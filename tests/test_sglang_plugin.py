@@ -83,8 +83,10 @@ def test_masks_round_to_the_ranks(gates: Path) -> None:
         ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
         ({"enable_lora": True}, "--enable-lora True"),
         ({"load_format": "gguf"}, "--load-format gguf"),
-        ({"quantization": "mxfp4"}, "--quantization mxfp4"),
+        ({"quantization": "mxfp4"}, "quantization mxfp4"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
+        ({"weight_cache_mode": "client"}, "--weight-cache-mode client: cached weights"),
+        ({"weight_cache_mode": "daemon"}, "--weight-cache-mode daemon"),
     ],
 )
 def test_options_are_refused_by_name(changed: dict[str, Any], sentence: str) -> None:
@@ -123,5 +125,34 @@ def test_sparsity_zero_is_stock(monkeypatch: pytest.MonkeyPatch, gates: Path, tm
 def test_without_sglang_it_says_so(monkeypatch: pytest.MonkeyPatch, gates: Path) -> None:
     monkeypatch.setattr("rlkv_sglang.plugin.version", lambda name: "0.9.9")
     monkeypatch.setattr("rlkv_sglang.plugin._resolve", lambda target: AttributeError("gone"))
-    with pytest.raises(RLKVError, match=r"made for SGLang 0.5.17 and this is 0.9.9, .* \(gone\) and 9 more"):
+    with pytest.raises(RLKVError, match=r"made for SGLang 0.5.17 and this is 0.9.9, .* \(gone\) and 11 more"):
         start(monkeypatch, options(), RLKV_GATES=str(gates))
+
+
+@pytest.mark.parametrize(
+    "left_out,sentence",
+    [
+        ("layers.1.", ""),  # its heads stay where they are
+        (
+            "layers.0.self_attn.o_proj",
+            r"layers.0.self_attn.o_proj \(1 projections in all\) were not",
+        ),
+        ("self_attn", r"layers.0.self_attn.q_proj \(4 projections"),  # nothing was loaded that way
+    ],
+)
+def test_weights_that_were_not_permuted_are_refused(gates: Path, left_out: str, sentence: str) -> None:
+    settings = Settings.read({"RLKV_GATES": str(gates), "RLKV_SPARSITY": "0.25"})
+    serving = hooks.Serving(settings, settings.plan(SHAPE), chunked=True)
+    model = hooks.initialize_model(
+        lambda config: SimpleNamespace(load_weights=list), SimpleNamespace(rlkv=serving)
+    )
+    model.load_weights(
+        (name, torch.zeros(64, 64))
+        for layer in range(2)
+        for module in ("q_proj", "k_proj", "v_proj", "o_proj")
+        if left_out not in (name := f"model.layers.{layer}.self_attn.{module}.weight")
+    )
+    if not sentence:
+        return hooks.check_loaded(serving)
+    with pytest.raises(RLKVError, match=sentence):
+        hooks.check_loaded(serving)

@@ -17,7 +17,9 @@ pytestmark = [needs_sglang, pytest.mark.skipif(len(CORES) < 2, reason="needs two
 
 @pytest.mark.parametrize("prefill", ["full", "local"])
 def test_tokens_of_two_ranks_are_the_samplers(tmp_path: Path, prefill: Literal["full", "local"]) -> None:
-    with running(tmp_path, prefill, tp=2, SGLANG_CPU_OMP_THREADS_BIND=f"{CORES[0]}|{CORES[1]}") as server:
+    cores = f"{CORES[0]}|{CORES[1]}"
+    options = ("--enable-mixed-chunk",) if prefill == "local" else ()
+    with running(tmp_path, prefill, *options, tp=2, SGLANG_CPU_OMP_THREADS_BIND=cores) as server:
         compare(server, 12)
         plans = re.findall(r"TP(\d)\] rlkv: (KV memory .*)", server.log.read_text())
     assert [rank for rank, _ in sorted(plans)] == ["0", "1"]

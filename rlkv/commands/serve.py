@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import distributions, entry_points
 from typing import Literal
 
-from rlkv.bench import trained_model
+from rlkv.bench import window_and_model
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.loading import load_shape
@@ -31,6 +32,7 @@ class Config:
     mask: str = ""  # a mask file of `rlkv rank`, instead of gates and sparsity
     window: Window | None = None  # sink+recent of local heads (none: the one of the gates or mask)
     prefill: Literal["full", "local"] = "full"  # local heads see all of the prompt, or a windowed one
+    prompt_tokens: int = 0  # longest prompt, with prefill full (0: 16384, or the context if that is less)
     seed: int = 0  # of the order of equal gates
     tp: int = 1  # GPUs that share the model
     kv_gib: float = 0.0  # memory for keys and values on each, to say how many requests fit (0: in 10 GiB)
@@ -44,7 +46,7 @@ def run(config: Config) -> int:
     """Print the plan, then become the server."""
     plan, name = make_plan(config)
     print(describe(plan))
-    print(describe_budget(plan, int((config.kv_gib or 10) * 2**30)))
+    print(describe_budget(plan, int((config.kv_gib or 10) * 2**30), staging(config, plan)))
     command = server_command(config, name)
     print("\n" + shlex.join(command), flush=True)
     if config.dry_run:
@@ -59,19 +61,25 @@ def make_plan(config: Config) -> tuple[Plan, str]:
         raise RLKVError("serve: give either gates=FOLDER (and sparsity=…) or mask=FILE")
     gates = HeadGates.load(config.gates) if config.gates else None
     mask = HeadMask.load(config.mask) if config.mask else None
-    name = config.model or (mask.model.name if mask and mask.model else "") or trained_model(gates)
+    window, name = window_and_model(gates, mask, config.window, config.model)
     shape = load_shape(name)
     if gates is not None:
         gates.model = gates.check(shape)
-        window = config.window or gates.deployed
         mask = gates.mask(config.sparsity, seed=config.seed, tp=config.tp, window=window)
-        for line in gates.remarks(window):
-            print(line)
     assert mask is not None
-    window = config.window or mask.window
-    if window is None:
-        raise RLKVError("serve: the gates record no window; give window=16+64, say")
+    for line in gates.remarks(window) if gates else mask.remarks(window):
+        print(line)
     return Plan(mask, shape, window, config.prefill, config.tp, shape.bytes_per_value), name
+
+
+def staging(config: Config, plan: Plan) -> int:
+    """Prompt tokens that the server will set memory aside for; ``options`` may say how it cuts prompts."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--chunked-prefill-size", type=int, default=1)
+    parser.add_argument("--context-length", type=int, default=plan.shape.context_length)
+    given = parser.parse_known_args(shlex.split(config.options))[0]
+    shape = replace(plan.shape, context_length=given.context_length)
+    return replace(plan, shape=shape).staging(config.prompt_tokens) if given.chunked_prefill_size > 0 else 0
 
 
 def plugin_settings(config: Config, plan: Plan) -> dict[str, str]:
@@ -83,6 +91,7 @@ def plugin_settings(config: Config, plan: Plan) -> dict[str, str]:
         "RLKV_SEED": str(config.seed),
         "RLKV_WINDOW": str(plan.window),
         "RLKV_PREFILL": config.prefill,
+        "RLKV_PROMPT_TOKENS": str(config.prompt_tokens or ""),
     }
     return {key: value for key, value in settings.items() if value}
 

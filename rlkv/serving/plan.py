@@ -19,6 +19,7 @@ from rlkv.support import ModelShape
 from rlkv.window import Window
 
 Prefill = Literal["full", "local"]
+LONGEST_PROMPT = 16384  # tokens, with prefill full and prompts in chunks, where nobody says more
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,16 @@ class Plan:
     def gain(self, length: int) -> float:
         """How many requests of ``length`` tokens fit where one fits without a mask."""
         return length * self.stock_token_bytes / self.request_bytes(length)
+
+    def staging(self, prompt_tokens: int = 0) -> int:
+        """Tokens of the longest prompt that may be processed in chunks, whose local heads are held whole.
+
+        ``prompt_tokens``: what the user asks for (0: 16384), the context at most.
+        """
+        if self.prefill == "local" or not self.compresses:
+            return 0
+        longest = prompt_tokens or LONGEST_PROMPT
+        return min(longest, self.shape.context_length or longest)
 
     def requests_for(self, budget: int, length: int, staging: int = 0) -> int:
         """Most requests of mean ``length`` tokens whose memory fits into ``budget`` bytes of one rank."""

@@ -41,10 +41,15 @@ def describe_capacity(plan: Plan, capacity: Capacity) -> str:
     )
 
 
-def describe_budget(plan: Plan, budget: int, lengths: tuple[int, ...] = LENGTHS) -> str:
-    """How many requests of some mean lengths fit into ``budget`` bytes a rank, one line."""
+def describe_budget(plan: Plan, budget: int, staging: int = 0, lengths: tuple[int, ...] = LENGTHS) -> str:
+    """How many requests of some mean lengths fit into ``budget`` bytes a rank, beside ``staging`` tokens."""
     parts = []
     for length in lengths:
         stock = budget // (length * plan.stock_token_bytes)
-        parts.append(f"{plan.requests_for(budget, length)} requests of {length} tokens (stock: {stock})")
-    return f"in {format_bytes(budget)}: {', '.join(parts)}"
+        fitting = plan.requests_for(budget, length, staging)
+        parts.append(f"{fitting} requests of {length} tokens (stock: {stock})")
+    line = f"in {format_bytes(budget)}: {', '.join(parts)}"
+    if not staging:
+        return line
+    area = format_bytes(staging * plan.local_token_bytes)
+    return f"{line}; {area} of it are for a prompt of up to {staging} tokens, processed in chunks"

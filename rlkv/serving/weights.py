@@ -18,19 +18,40 @@ import torch
 from rlkv.errors import RLKVError
 from rlkv.serving.plan import Plan
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(q_proj|k_proj|v_proj|o_proj|q_norm|k_norm)\.(\w+)$")
 _FUSED = re.compile(r"\.layers\.\d+\.self_attn\.(qkv_proj|W_pack|query_key_value)\.")
 _TRANSPOSED = ("qweight", "qzeros", "scales")  # AWQ and GPTQ store [in, out]
 _PER_TENSOR = ("weight_shape", "weight_scale_2")  # beside whatever has one element
 
 
-def permuted(plan: Plan, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def permuted(
+    plan: Plan, tensors: Iterable[tuple[str, torch.Tensor]], names: set[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The same named tensors with the heads of each attention layer in ``plan.order``.
 
-    Raises RLKVError for fused QKV tensors, and for a shape in which the heads can't be found.
+    Raises RLKVError for fused QKV tensors, and for a shape in which the heads can't be found; if ``tensors``
+    is a list, before anything of it is given out. ``names`` collects what passed: see :func:`missing`.
     """
+    if isinstance(tensors, list):
+        for name, tensor in tensors:
+            index = name.endswith("g_idx")  # the one kind whose values are looked at
+            permute(plan, name, tensor if index else torch.empty_like(tensor, device="meta"))
     for name, tensor in tensors:
+        if names is not None:
+            names.add(name)
         yield name, permute(plan, name, tensor)
+
+
+def missing(plan: Plan, names: Iterable[str]) -> list[str]:
+    """Projections with heads to move that were not among the tensors ``names``: layers.0.self_attn.q_proj."""
+    came = {(int(match[1]), match[2]) for match in map(_NAME.search, names) if match}
+    return [
+        f"layers.{layer}.self_attn.{module}"
+        for layer, order in enumerate(plan.order)
+        for module in PROJECTIONS
+        if (layer, module) not in came and not _in_place(order)
+    ]
 
 
 def permute(plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -44,7 +65,7 @@ def permute(plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if layer >= plan.shape.layers:
         return tensor  # a draft head beyond the model's layers
     order = plan.order[layer]
-    if torch.equal(order, torch.arange(len(order))):
+    if _in_place(order):
         return tensor
     if kind == "g_idx":
         return _checked_g_idx(name, tensor, inputs_have_heads=module == "o_proj")
@@ -59,6 +80,10 @@ def permute(plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:
         axis = 1 - axis
     query = module in ("q_proj", "o_proj")
     return _permute_axis(plan, name, tensor, order, axis, query)
+
+
+def _in_place(order: torch.Tensor) -> bool:
+    return torch.equal(order, torch.arange(len(order)))
 
 
 def _permute_axis(

@@ -4,4 +4,8 @@ SGLang finds ``plugin.register`` by its entry point. The plugin does nothing unt
 called ``rlkv``; how it works is told in docs/serving.md.
 """
 
+from rlkv_sglang.gates import update_gates
+
+__all__ = ["TESTED", "update_gates"]
+
 TESTED = ("0.5.17",)  # releases of SGLang

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from rlkv.errors import RLKVError
 from rlkv.serving.extend import Chunk
 from rlkv.serving.plan import Capacity, Plan
 from rlkv.serving.report import describe, describe_capacity
 from rlkv.serving.slots import Slots
-from rlkv.serving.weights import permuted
+from rlkv.serving.weights import missing, permuted
 from rlkv.support import check_model
-from rlkv_sglang.refusals import check_backend, check_options
-from rlkv_sglang.settings import DEFAULT_STAGING, Settings
+from rlkv_sglang.refusals import check_backend, check_options, check_prefill_graphs, check_quantization
+from rlkv_sglang.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +36,16 @@ class Serving:
     chunked: bool  # prompts may be processed in chunks
     capacity: Capacity | None = None  # of the memory profile, before any limit of the user's
     gates: torch.Tensor | None = None  # of the mode mixed: [layers, kv_heads] of all ranks
+    permuted: set[str] = field(default_factory=set)  # names of the checkpoint's tensors, as they load
 
     @property
     def mixed(self) -> bool:
         return self.settings.mode == "mixed"
 
-    @cached_property
+    @property
     def staging(self) -> int:
         """Tokens of the longest prompt that can be processed in chunks."""
-        if self.plan.prefill == "local" or not self.chunked:
-            return 0
-        context = self.plan.shape.context_length or DEFAULT_STAGING
-        return min(self.settings.prompt_tokens or DEFAULT_STAGING, context)
+        return self.plan.staging(self.settings.prompt_tokens) if self.chunked else 0
 
     def slots(self, requests: int) -> Slots:
         return Slots(self.plan.window, requests, self.staging)
@@ -77,6 +75,7 @@ def server_args(original: Original, args: Any) -> None:
     original(args)
     check_options(args, mixed=settings.mode == "mixed")
     check_backend(args.attention_backend)
+    check_prefill_graphs(args)
 
 
 def _backend_of_machine(device: str | None) -> str:
@@ -92,7 +91,10 @@ def model_config(original: Original, args: Any, *rest: Any, **options: Any) -> A
     config.rlkv = None
     if settings is None:
         return config
-    plan = settings.plan(check_model(config.hf_config), args.tp_size, config.dtype.itemsize)
+    if settings.mode != "mixed":
+        check_quantization(config.quantization)
+    shape = replace(check_model(config.hf_config), context_length=config.context_len)
+    plan = settings.plan(shape, args.tp_size, config.dtype.itemsize)
     if plan.compresses or settings.mode == "mixed":
         config.rlkv = Serving(settings, plan, chunked=(args.chunked_prefill_size or 0) > 0)
     return config
@@ -114,10 +116,13 @@ def initialize_model(original: Original, config: Any, *rest: Any, **options: Any
     if serving.mixed:
         from rlkv_sglang.mixed import make_gates, without_gates
 
-        serving.gates = make_gates(serving)
+        # a buffer, since SGLang keeps buffers while it gives the memory of weights away
+        model.register_buffer("rlkv_gates", make_gates(serving), persistent=False)
+        serving.gates = model.rlkv_gates
         model.load_weights = lambda weights, *a, **k: load(without_gates(serving, weights), *a, **k)
         return model
-    model.load_weights = lambda weights, *a, **k: load(permuted(plan, weights), *a, **k)
+    names = serving.permuted
+    model.load_weights = lambda weights, *a, **k: load(permuted(plan, weights, names), *a, **k)
     logger.info("rlkv: %s", describe(plan).replace("\n", "; "))
     return model
 
@@ -166,9 +171,21 @@ def attention_backend(original: Original, *, model_runner: Any, **options: Any) 
         from rlkv_sglang.mixed import teach_gates
 
         return teach_gates(backend, model_runner, serving)
+    if model_runner.server_args.load_format != "dummy":
+        check_loaded(serving)
     from rlkv_sglang.backend import teach_heads
 
     return teach_heads(backend, model_runner, serving)
+
+
+def check_loaded(serving: Serving) -> None:
+    """Raise RLKVError if the model has weights that did not pass the permutation."""
+    unmoved = missing(serving.plan, serving.permuted)
+    if unmoved:
+        raise RLKVError(
+            f"attention backend rlkv: heads of {unmoved[0]} ({len(unmoved)} projections in all) were not "
+            "permuted while weights were loaded: this checkpoint, or this way to load it, is not supported"
+        )
 
 
 def forward_batch(original: Original, cls: Any, batch: Any, runner: Any, **options: Any) -> Any:

@@ -1,9 +1,7 @@
 """Soft gates: every head attends fully and to its window, and the outputs are mixed; one ordinary KV pool.
 
-For rollouts of gate training: nothing is saved. The gates are a tensor that is changed in place, while
-requests run, by any of SGLang's ways to update weights, under the name ``rlkv.gates``:
-
-    engine.update_weights_from_tensor([("rlkv.gates", gates)])     # float [layers, kv_heads]
+For rollouts of gate training: nothing is saved. The gates are a buffer of the model that is changed in place
+by any of SGLang's ways to update weights, under the name ``rlkv.gates``; gates.py does so while requests run.
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ from rlkv.serving.decode import decode_local
 from rlkv.serving.extend import Extend
 from rlkv.serving.slots import Slots, Staging
 from rlkv_sglang.announced import Announced, teach
+from rlkv_sglang.gates import NAME
 from rlkv_sglang.hooks import Serving
-
-NAME = "rlkv.gates"
 
 
 def make_gates(serving: Serving) -> torch.Tensor:
@@ -36,18 +33,39 @@ def make_gates(serving: Serving) -> torch.Tensor:
 def without_gates(
     serving: Serving, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights for the model; what is called ``rlkv.gates`` goes into ``serving.gates`` instead, in place."""
+    """Weights for the model; what is called ``rlkv.gates`` goes into ``serving.gates`` instead, in place.
+
+    Raises RLKVError for gates that don't fit; if ``weights`` is a list, before anything of it is given out.
+    """
+    gates = serving.gates
+    assert gates is not None
+    if isinstance(weights, list):
+        for name, tensor in weights:
+            if name == NAME:
+                check_gates(gates, tensor)
     for name, tensor in weights:
-        if name != NAME:
+        if name == NAME:
+            check_gates(gates, tensor)
+            set_gates(gates, tensor)
+        else:
             yield name, tensor
-            continue
-        gates = serving.gates
-        assert gates is not None
-        if tensor.shape != gates.shape or not tensor.isfinite().all():
-            raise RLKVError(
-                f"{NAME} must be finite and of shape {list(gates.shape)}; got {list(tensor.shape)}"
-            )
-        gates.copy_(tensor.clamp(0, 1))
+
+
+def check_gates(gates: torch.Tensor, new: torch.Tensor) -> None:
+    """Raise RLKVError unless ``new`` can take the place of ``gates`` [layers, kv_heads]."""
+    if new.shape != gates.shape:
+        raise RLKVError(f"{NAME} must be of shape {list(gates.shape)}; got {list(new.shape)}")
+    if not new.isfinite().all():
+        raise RLKVError(f"{NAME} must be finite")
+
+
+def set_gates(gates: torch.Tensor, new: torch.Tensor) -> None:
+    """In place; a step that is still under way on a GPU ends with the gates that it began with."""
+    if gates.is_cuda:
+        torch.cuda.synchronize(gates.device)
+    gates.copy_(new.clamp(0, 1))
+    if gates.is_cuda:
+        torch.cuda.synchronize(gates.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +100,6 @@ class GatedBackend(Announced):
         requests, plan = runner.req_to_token_pool, serving.plan
         self._pool = runner.token_to_kv_pool
         self._slots = PoolSlots(plan.window, requests.size, table=requests.req_to_token)
-        serving.gates = serving.gates.to(runner.device)
         heads = plan.shape.kv_heads // plan.tp
         first = get_parallel().attn_tp_rank * heads
         self._gates = serving.gates[:, first : first + heads]

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from rlkv.errors import RLKVError
-from rlkv_sglang import TESTED, hooks
+from rlkv_sglang import TESTED, hooks, updates
 
 NAME = "rlkv"
 logger = logging.getLogger(__name__)
@@ -23,6 +23,10 @@ AROUND = {
     f"{_SRT}.server_args.ServerArgs.__post_init__": hooks.server_args,
     f"{_SRT}.configs.model_config.ModelConfig.from_server_args": hooks.model_config,
     f"{_SRT}.model_loader.loader._initialize_model": hooks.initialize_model,
+    f"{_SRT}.model_executor.model_runner_components.weight_updater.WeightUpdater"
+    ".update_weights_from_tensor": updates.update_from_tensors,
+    f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+    ".flush_cache_after_weight_update": updates.flush_after_update,
     f"{_SRT}.model_executor.pool_configurator.create_memory_pool_configurator": hooks.pool_configurator,
     f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator.resolve_max_num_reqs": hooks.max_requests,
     f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": hooks.kv_pool,

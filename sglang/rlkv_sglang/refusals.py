@@ -32,6 +32,7 @@ _OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "prefill_only_disable_kv_cache": ((False,), "there would be nothing to save"),
     "enable_lora": ((False, None), "adapters of Q, K, V and O are not permuted"),
     "dllm_algorithm": ((None,), "diffusion models decode whole blocks"),
+    "weight_cache_mode": (("off",), "cached weights have their heads in the checkpoint's order"),
     "prefill_attention_backend": ((None,), "set RLKV_BACKEND instead"),
     "decode_attention_backend": ((None,), "set RLKV_BACKEND instead"),
     "allow_auto_truncate": ((False,), "it cuts prompts silently; shorten them, or raise RLKV_PROMPT_TOKENS"),
@@ -62,15 +63,32 @@ def check_options(options: Any, mixed: bool) -> None:
             f"attention backend rlkv can't run with --load-format {options.load_format}: its weights can't "
             f"be permuted while they load; use one of {', '.join(_LOAD_FORMATS)}"
         )
-    if options.quantization not in _QUANTIZATIONS and not mixed:
-        raise RLKVError(
-            f"attention backend rlkv can't run with --quantization {options.quantization}: nobody has "
-            "checked that its tensors can be permuted by head"
-        )
+    if not mixed:
+        check_quantization(options.quantization)
     if options.kv_cache_dtype not in ("auto", "bf16", "bfloat16", "float16", "fp16"):
         raise RLKVError(
             f"attention backend rlkv can't run with --kv-cache-dtype {options.kv_cache_dtype}: windows are "
             "kept in the model's own dtype"
+        )
+
+
+def check_quantization(name: str | None) -> None:
+    """Raise RLKVError unless tensors of this quantisation can be permuted; None: not quantised."""
+    if name not in _QUANTIZATIONS:
+        raise RLKVError(
+            f"attention backend rlkv can't run with quantization {name}: nobody has checked that its tensors "
+            "can be permuted by head"
+        )
+
+
+def check_prefill_graphs(options: Any) -> None:
+    """Raise RLKVError if ``options``, as SGLang resolved them, have CUDA graphs for prefill."""
+    backend = options.cuda_graph_config.prefill.backend
+    if backend != "disabled":
+        raise RLKVError(
+            f"attention backend rlkv can't run with CUDA graphs for prefill ({backend}): windows are read "
+            "where the prompts of a batch say, which a graph can't follow; leave out "
+            "--cuda-graph-backend-prefill, and prefill in --cuda-graph-config"
         )
 
 

@@ -18,7 +18,6 @@ from rlkv.support import ModelShape
 from rlkv.window import Window
 
 PREFIX = "RLKV_"
-DEFAULT_STAGING = 16384
 MEAN_LENGTH = 2048
 
 
