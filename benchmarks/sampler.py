@@ -127,6 +127,7 @@ def step_seconds(sampler: PagedSampler, lengths: list[int], gates: Gates, rounds
     stop = (sampler.model.config.vocab_size,)
     params = SamplingParams(max_new_tokens=sampler.max_length - 1, stop_ids=stop)
     run = sampler._start([[1]] * len(lengths), params, gates)
+    sampler._hold()
     for slot, length in enumerate(lengths):
         job = run.waiting.popleft()
         run.live[slot] = Live(job, length)

@@ -29,6 +29,7 @@ from random_llama import random_llama
 from rlkv.family import FamilyForward
 from rlkv.learner import Learner, Sample, pack
 from rlkv.loading import recompute_activations
+from rlkv.logprobs import padded
 from rlkv.penalty import Penalty
 from rlkv.rewards import Verdict
 from rlkv.settings import TrainConfig
@@ -102,7 +103,7 @@ def learn(model: Any, lengths: tuple[int, ...], way: str, budget: int = BUDGET) 
         "way": way,
         "budget": budget,
         "answers": len(lengths),
-        "batches": len(pack(samples, budget)),
+        "batches": len(pack(samples, budget, padded)),
         "seconds": seconds,
         "tokens/s": tokens / seconds,
         "peak GiB": peak_gib(),

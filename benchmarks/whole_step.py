@@ -63,7 +63,9 @@ def plan_shapes(model: Any, samples: list[Sample], budget: int) -> float:
     config, began = model.config, time.perf_counter()
     heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     gates = torch.full((groups,), 0.5, device="cuda", requires_grad=True)
-    for rows, length in sorted({(len(batch), padded(len(batch[0]))) for batch in pack(samples, budget)}):
+    for rows, length in sorted(
+        {(len(batch), padded(len(batch[0]))) for batch in pack(samples, budget, padded)}
+    ):
         joined = torch.zeros(rows * length, heads + 2 * groups, dim, dtype=model.dtype, device="cuda")
         query, key = joined[:, :heads].contiguous(), joined[:, heads : heads + groups].contiguous()
         value = joined[:, heads + groups :]

@@ -39,9 +39,16 @@ class FamilyForward:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether the model's layers are those that this forward knows."""
-        config = model.config
-        return config.model_type in FAMILY and config.hidden_act == "silu"
+        """Whether the model's layers are those that this forward knows, with nothing attached to them.
+
+        Adapters, hooks, quantised weights and replaced modules are the model's own forward's to respect.
+        """
+        config, layers = model.config, getattr(model.base_model, "layers", None)
+        if config.model_type not in FAMILY or config.hidden_act != "silu" or not layers:
+            return False
+        parts = [part for layer in layers for part in layer.modules()] + [model.base_model.norm]
+        dtypes = {parameter.dtype for part in parts for parameter in part.parameters(recurse=False)}
+        return len(dtypes) == 1 and dtypes.pop().is_floating_point and all(map(is_plain, parts))
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """tokens, positions int64 [n] -> [n, width] after the final norm.
@@ -116,6 +123,16 @@ class FamilyForward:
             return x * cos[:, None] + swapped * sin[:, None]
 
         return turn(query), turn(key)
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a module's forward is that of its class, and its class PyTorch's or transformers' own."""
+    origin = type(module).__module__
+    if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
+        return False
+    attached = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    own = origin.startswith(("torch.nn.modules.", "transformers.models.", "transformers.activations"))
+    return own and not attached and "forward" not in vars(module)
 
 
 def use_kernels(device: torch.device) -> bool:

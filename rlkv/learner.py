@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from rlkv.attention import Mixed
 from rlkv.family import FamilyForward
-from rlkv.logprobs import check_head, response_logprobs, to_device
+from rlkv.logprobs import check_head, padded, response_logprobs, to_device
 from rlkv.objective import advantages, policy_loss
 from rlkv.penalty import Penalty, reward_factor
 from rlkv.rewards import Verdict
@@ -34,11 +35,14 @@ class Sample:
         return len(self.prompt) + len(self.response)
 
 
-def pack(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    """Micro-batches of at most ``budget`` padded tokens (a longer answer goes alone), longest first."""
+def pack(samples: list[Sample], budget: int, width: Callable[[int], int] = int) -> list[list[Sample]]:
+    """Micro-batches of at most ``budget`` padded tokens (a longer answer goes alone), longest first.
+
+    ``width``: tokens that a row is padded to, given those of the longest.
+    """
     batches: list[list[Sample]] = []
     for sample in sorted(samples, key=len, reverse=True):
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= budget:
+        if batches and (len(batches[-1]) + 1) * width(len(batches[-1][0])) <= budget:
             batches[-1].append(sample)
         else:
             batches.append([sample])
@@ -105,6 +109,11 @@ class Learner:
         factor = reward_factor(reward, self.config.tau)
         return {"penalty_grad": pressure.abs().mean().item(), "reward_factor": factor, **totals}
 
+    def pack(self, samples: list[Sample]) -> list[list[Sample]]:
+        """Micro-batches of the budget, as wide as they are padded on this device."""
+        width = padded if self.model.device.type == "cuda" else int
+        return pack(samples, self.config.max_tokens_per_microbatch, width)
+
     def step(self, samples: list[Sample], pressure: torch.Tensor) -> dict[str, float]:
         """One optimiser step. Answers of advantage 0 only add their tokens to the mean: not computed."""
         self.optimiser.zero_grad()
@@ -113,7 +122,7 @@ class Learner:
         sums = torch.zeros(4, dtype=torch.float64, device=self.gates.device)
         trained = sum(len(sample.response) for sample in useful)
         mixed = Mixed(self.gates, self.config.window)
-        for batch in pack(useful, self.config.max_tokens_per_microbatch):
+        for batch in self.pack(useful):
             flat = policy_loss(
                 self.logprobs(batch, mixed),
                 self.join([torch.tensor(sample.logprobs) for sample in batch]),
@@ -163,7 +172,7 @@ class Learner:
         """Keep the log-probabilities before the first of several updates."""
         useful = [sample for sample in samples if sample.advantage != 0 and sample.response]
         mixed = Mixed(self.gates, self.config.window)
-        for batch in pack(useful, self.config.max_tokens_per_microbatch):
+        for batch in self.pack(useful):
             lengths = [len(sample.response) for sample in batch]
             for sample, prox in zip(batch, self.logprobs(batch, mixed).split(lengths), strict=True):
                 sample.prox = prox

@@ -33,9 +33,9 @@ class _ChosenLogProb(torch.autograd.Function):
         for start in range(0, len(tokens), block):
             rows = slice(start, start + block)
             logits = torch.nn.functional.linear(hidden[rows], weight)
-            result[rows], likely = chosen_softmax(logits, tokens[rows], temperature, slopes is not None)
+            result[rows], slope = chosen_softmax(logits, tokens[rows], temperature, slopes is not None)
             if slopes is not None:
-                slopes[rows] = (weight[tokens[rows]] - likely @ weight) / temperature
+                slopes[rows] = slope @ weight / temperature
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return result
@@ -49,16 +49,22 @@ class _ChosenLogProb(torch.autograd.Function):
 def chosen_softmax(
     logits: torch.Tensor, tokens: torch.Tensor, temperature: float, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [n]: log softmax(logits / temperature)[token], and with ``keep`` all probabilities [n, V].
+    """float32 [n]: log softmax(logits / temperature)[token]; with ``keep`` its slope in the scaled logits.
 
-    The memory of ``logits`` [n, V] is used up.
+    The slope [n, V] is one-hot(token) - softmax, rounded after the difference: of a token that is nearly
+    certain, 16 bits keep no 1 - p otherwise. The memory of ``logits`` [n, V] is used up.
     """
     if use_kernels(logits.device):
         from rlkv.kernels.vocabulary import chosen_softmax_
 
         return chosen_softmax_(logits, tokens, temperature, keep), logits
     wide = torch.log_softmax(logits.float() / temperature, dim=-1)
-    return wide.gather(1, tokens[:, None])[:, 0], wide.exp_().to(logits.dtype) if keep else logits
+    chosen = wide.gather(1, tokens[:, None])[:, 0]
+    if not keep:
+        return chosen, logits
+    slope = wide.exp_().neg_()
+    slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
+    return chosen, slope.to(logits.dtype)
 
 
 def chosen_logprobs(
@@ -93,12 +99,13 @@ def final_hidden(model: Any, ids: torch.Tensor, mixed: Mixed) -> torch.Tensor:
     On the kernels where model and device allow it, else by the model's own forward.
     """
     whole = mixed.cu_seqlens is None and mixed.path in ("auto", "kernel")
-    head_dim = check_model(model).head_dim
-    if not (whole and FamilyForward.fits(model) and takes(model.dtype, model.device, head_dim)):
+    shape = check_model(model)
+    if not (whole and FamilyForward.fits(model) and takes(model.dtype, model.device, shape.head_dim)):
         return model.base_model(ids, use_cache=False, rlkv=mixed).last_hidden_state
     from rlkv.kernels.mixed import mixed_attention
 
     rows, length = ids.shape
+    mixed.check_gates(rows, shape.layers, shape.kv_heads)
 
     def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         gates, closed = mixed.layer(layer), mixed.closed(layer)

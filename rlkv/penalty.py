@@ -101,4 +101,4 @@ class Penalty:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
-        self.integral, self.mean = state["integral"], state["mean"]
+        self.integral, self.mean = state["integral"], state.get("mean")

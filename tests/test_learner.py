@@ -155,6 +155,25 @@ def test_packing_keeps_the_budget_and_everything() -> None:
     assert sorted(len(sample) for batch in batches for sample in batch) == sorted(map(len, samples))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 40
+    wide = pack(samples, 40, lambda length: -(-length // 16) * 16)  # rows are padded to multiples of 16
+    assert max(len(batch) for batch in wide) == 2
+
+
+@pytest.mark.parametrize("nearly", [0.0, 8.0, 12.0])
+def test_a_nearly_certain_tokens_gradient_survives_16_bits(nearly: float) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=False).requires_grad_(False).bfloat16()
+    tokens = torch.arange(8)
+    hidden = (torch.randn(8, 16) + nearly * head.weight[tokens].float() * 4).bfloat16()
+    slopes = []
+    for wide in (False, True):
+        states = (hidden.float() if wide else hidden).requires_grad_()
+        weight = torch.nn.Linear(16, 50, bias=False).requires_grad_(False)
+        weight.weight.data = head.weight.data.float() if wide else head.weight.data
+        (slope,) = torch.autograd.grad(chosen_logprobs(states, weight, tokens, 1.0).sum(), states)
+        slopes.append(slope.float())
+    error = (slopes[0] - slopes[1]).norm(dim=1) / slopes[1].norm(dim=1)
+    assert error.max() < 0.1, error
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -109,13 +109,17 @@ class Mixed:
         kernel = partial(mixed_chunked, window=self.window, scaling=scaling)
         return over_sequences(kernel, states, gates, sequences)
 
-    def _check(self, layers: int, key: torch.Tensor, layout: Layout) -> None:
-        batch, heads, length, _ = key.shape
+    def check_gates(self, batch: int, layers: int, heads: int) -> None:
+        """Raise RLKVError unless the gates are of such a model: one table, or one a row of the batch."""
         if self.gates.shape[-2:] != (layers, heads) or (self.gates.ndim == 3 and len(self.gates) != batch):
             raise RLKVError(
                 f"gates of shape {list(self.gates.shape)} don't fit: this forward has {layers} layers x "
                 f"{heads} KV heads and a batch of {batch}"
             )
+
+    def _check(self, layers: int, key: torch.Tensor, layout: Layout) -> None:
+        batch, heads, length, _ = key.shape
+        self.check_gates(batch, layers, heads)
         if self._packed is None:
             return
         starts = [start for _, start, _ in self._packed]

@@ -125,8 +125,8 @@ class PagedDecoder:
         sizes = (0, 0) if window is None else (window.sink, window.recent)
         counts = counts.int().contiguous()
         tuning, rows = self.tuning, counts[0].numel()
-        if rows > self._rows:
-            raise RLKVError(f"decoder: made for at most {self._rows} rows, got {rows}")
+        if not 0 < rows <= self._rows:
+            raise RLKVError(f"decoder: made for 1 to {self._rows} rows, got {rows}")
         shares, row_gates = make_shares(
             counts, gates, sizes, tuning.block, self.programs, tuning.least_blocks, self._rows
         )

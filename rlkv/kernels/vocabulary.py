@@ -17,7 +17,7 @@ BLOCK = 4096
 
 @triton.jit
 def _chosen_kernel(logits, tokens, chosen, inverse, width, KEEP: tl.constexpr, BLOCK: tl.constexpr):
-    """Log-probability of a row's token; with KEEP the probabilities take the logits' place."""
+    """Log-probability of a row's token; with KEEP one-hot(token) - softmax takes the logits' place."""
     row = tl.program_id(0).to(tl.int64)
     here = logits + row * width
     at = tl.arange(0, BLOCK)
@@ -29,13 +29,15 @@ def _chosen_kernel(logits, tokens, chosen, inverse, width, KEEP: tl.constexpr, B
         mass = mass * tl.exp(high - above) + tl.sum(tl.exp(x - above), 0)
         high = above
     log_mass = high + tl.log(mass)
-    tl.store(chosen + row, tl.load(here + tl.load(tokens + row)).to(tl.float32) * inverse - log_mass)
+    token = tl.load(tokens + row)
+    tl.store(chosen + row, tl.load(here + token).to(tl.float32) * inverse - log_mass)
     if KEEP:
         tl.debug_barrier()  # the token's logit is read before its place is taken
         for start in range(0, width, BLOCK):
             inside = start + at < width
             x = tl.load(here + start + at, mask=inside, other=0.0).to(tl.float32) * inverse
-            tl.store(here + start + at, tl.exp(x - log_mass).to(logits.dtype.element_ty), mask=inside)
+            slope = tl.where(start + at == token, 1.0, 0.0) - tl.exp(x - log_mass)
+            tl.store(here + start + at, slope.to(logits.dtype.element_ty), mask=inside)
 
 
 def chosen_softmax_(
@@ -43,7 +45,7 @@ def chosen_softmax_(
 ) -> torch.Tensor:
     """float32 [n]: log softmax(logits / temperature)[token]; ``logits`` [n, V] contiguous, tokens int64 [n].
 
-    With ``keep`` the logits become their probabilities, else they stay.
+    With ``keep`` the logits become one-hot(token) - softmax, else they stay.
     """
     check_device(logits, tokens)
     chosen = torch.empty(len(logits), dtype=torch.float32, device=logits.device)

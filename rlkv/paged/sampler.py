@@ -133,6 +133,7 @@ class PagedSampler:
         done: dict[int, Completion] = {}
         began = time.perf_counter()
         try:
+            self._hold()
             with evaluating(self.model):
                 while run.waiting or run.live:
                     for step in (self._admit, self._decode):
@@ -142,9 +143,12 @@ class PagedSampler:
                             if on_finish is not None:
                                 on_finish(completion)
         finally:
-            self._vacate(run, list(run.live))
-            if self._release:
-                self._cache.release()
+            self._tables.forget()  # nothing, unless something failed
+            try:
+                self._vacate(run, list(run.live))
+            finally:
+                if self._release:
+                    self._cache.release()
         generated = sum(len(completion.tokens) for completion in done.values())
         self.tokens_per_second = generated / max(time.perf_counter() - began, 1e-9)
         return [done[index] for index in range(run.jobs)]
@@ -167,9 +171,6 @@ class PagedSampler:
                     f"prompt {job.index} with {job.limit} new tokens, which is {need} pages; give more "
                     "kv_bytes or fewer max_new_tokens"
                 )
-        self._cache.hold()
-        if self._graphs:
-            self._graphs.refresh(self._cache.keys, self._cache.values)
         self.preemptions, self.pool.most_used = 0, self.pool.used
         return Run(
             jobs=len(checked),
@@ -180,6 +181,12 @@ class PagedSampler:
             stop=self._stops.setdefault(ids, self._tensor(ids)),  # one tensor for good: graphs read it
             waiting=waiting,
         )
+
+    def _hold(self) -> None:
+        """Take the pages' memory; graphs of steps on another place are dropped."""
+        self._cache.hold()
+        if self._graphs:
+            self._graphs.refresh(self._cache.keys, self._cache.values)
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

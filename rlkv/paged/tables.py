@@ -134,6 +134,11 @@ class PageTables:
         for old, new in moves:
             self.held[new] = self.held.pop(old)
 
+    def forget(self) -> None:
+        """Drop what has not been flushed, after an error."""
+        self._places.clear()
+        self._values.clear()
+
     def flush(self) -> None:
         """Bring the device's table up to date."""
         if self._places:

@@ -197,7 +197,9 @@ def test_what_does_not_fit_is_refused() -> None:
     pool, apart = torch.zeros(4, 16, 16, device=DEVICE), torch.zeros(1, 2, 8, device=DEVICE).int()[:, :, ::2]
     with pytest.raises(RLKVError, match="follow each other"):
         decoder.attend(query, pool, pool, apart, plan, 0, 0.25)
-    with pytest.raises(RLKVError, match="at most 2 rows, got 4"):
+    with pytest.raises(RLKVError, match="1 to 2 rows, got 4"):
         decoder.plan(paged.counts.expand(1, 2, -1))
+    with pytest.raises(RLKVError, match="1 to 2 rows, got 0"):
+        decoder.plan(torch.zeros(1, 0, 2, dtype=torch.int32, device=DEVICE))
     with pytest.raises(RLKVError, match="window"):
         decoder.plan(paged.counts[None], torch.ones(1, 1, 2))
