@@ -221,9 +221,8 @@ def draw(
         for what, got, want in (("training", train, counts[bucket]), ("held-out", test, after - before)):
             if len(got[-1]) < want:
                 say(f"SHORTFALL: {len(got[-1])} of {want} {what} problems with {low}-{high} tokens of answer")
-    (folder / "test.jsonl").unlink(
-        missing_ok=True
-    )  # an earlier draw's: its problems may be in train.jsonl now
+    # an earlier draw's: its problems may be in train.jsonl now
+    (folder / "test.jsonl").unlink(missing_ok=True)
     write_rows(folder / "train.jsonl", (row for rows in train for row in rows))
     if config.held_out:
         write_rows(folder / "test.jsonl", (row for rows in test for row in rows))

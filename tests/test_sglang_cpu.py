@@ -27,9 +27,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from serving_prompts import pocket_prompts
 
 from rlkv import pocket
-from rlkv.data import chat_tokens
 from rlkv.loading import load_shape
 from rlkv.mask import HeadMask
 from rlkv.sampler import Sampler, SamplingParams
@@ -133,20 +133,9 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield server
 
 
-def requests(count: int) -> list[list[int]]:
-    """Prompts of all tasks, some of them cut or doubled so that lengths differ."""
-    _, tokenizer = pocket.load()
-    tasks = list(pocket.TASKS)
-    found = [pocket.problems(task, "test", -(-count // len(tasks))) for task in tasks]
-    prompts = [chat_tokens(tokenizer, p["prompt"])[0] for group in zip(*found, strict=True) for p in group]
-    lengths = (None, None, 3, 21, None, 70)
-    cut = [prompt[: lengths[i % len(lengths)]] for i, prompt in enumerate(prompts[:count])]
-    return [prompt * 2 if i % 11 == 0 else prompt for i, prompt in enumerate(cut)]
-
-
 def compare(server: Server, count: int) -> None:
     """Serve ``count`` prompts at once, a fifth as many more that are aborted; compare with the sampler."""
-    prompts = requests(count)
+    prompts = pocket_prompts(count)
     sampling = {"temperature": 0, "max_new_tokens": LONGEST}
 
     def ask(index: int) -> list[int]:
@@ -203,7 +192,7 @@ def test_openai_chat(server: Server) -> None:
 
 def test_updates_are_permuted_or_refused(server: Server) -> None:
     """The same weights, sent again: nothing may change, unless they came in another order unseen."""
-    prompts = {"input_ids": requests(4), "sampling_params": {"temperature": 0, "max_new_tokens": 24}}
+    prompts = {"input_ids": pocket_prompts(4), "sampling_params": {"temperature": 0, "max_new_tokens": 24}}
 
     def update(weights: dict[str, torch.Tensor], load_format: str | None = None) -> str:
         payload = base64.b64encode(pickle.dumps(list(weights.items()))).decode()

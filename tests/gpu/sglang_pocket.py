@@ -20,10 +20,12 @@ from typing import Any, Literal
 
 import torch
 
-from rlkv import pocket
-from rlkv.data import chat_tokens
-from rlkv.loading import load_shape
-from rlkv.mask import HeadMask
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from serving_prompts import pocket_prompts  # noqa: E402
+
+from rlkv import pocket  # noqa: E402
+from rlkv.loading import load_shape  # noqa: E402
+from rlkv.mask import HeadMask  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 LONGEST = 300  # new tokens
@@ -45,17 +47,6 @@ def native_plugin(folder: Path) -> None:
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nnative = native_ops:register\n")
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-
-
-def requests(count: int) -> list[list[int]]:
-    """Prompts of all tasks, some cut or doubled so that lengths differ."""
-    _, tokenizer = pocket.load()
-    tasks = list(pocket.TASKS)
-    found = [pocket.problems(task, "test", -(-count // len(tasks))) for task in tasks]
-    prompts = [chat_tokens(tokenizer, p["prompt"])[0] for group in zip(*found, strict=True) for p in group]
-    lengths = (None, None, 3, 21, None, 70)
-    cut = [prompt[: lengths[i % len(lengths)]] for i, prompt in enumerate(prompts[:count])]
-    return [prompt * 2 if i % 11 == 0 else prompt for i, prompt in enumerate(cut)]
 
 
 def start(folder: Path, prefill: str) -> tuple[Any, HeadMask]:
@@ -168,7 +159,7 @@ def gap(
 def main(prefill: Literal["full", "local"], count: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         engine, mask = start(Path(name), prefill)
-        prompts = requests(int(count))
+        prompts = pocket_prompts(int(count))
         got = serve(engine, prompts)
         time.sleep(1)
         loads = engine.loop.run_until_complete(engine.tokenizer_manager.get_loads(include=["core"]))
