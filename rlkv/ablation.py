@@ -5,14 +5,17 @@ The baseline that RLKV must beat: it sees each head by itself, and misses heads 
 
 from __future__ import annotations
 
+import hashlib
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlkv.answers import answer_masks, identity
+from rlkv.answers import answer_masks, identity, read_rows
 from rlkv.attention import Mixed
+from rlkv.config import check_same, read_yaml
+from rlkv.config import save as save_config
 from rlkv.data import Encoded
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
@@ -31,18 +34,45 @@ def ablate(bench: Bench, folder: Path) -> HeadGates:
     """Scores of all heads by rank, in [0, 1]: 1 for the head whose loss hurts most. Saved in ``folder``.
 
     Heads are ranked by the accuracy lost on development problems with that head alone local; equal losses
-    (most, near the top) by the log-probability lost on the full cache's own right answers. Finished work in
-    ``folder`` is used again.
+    (most, near the top) by the log-probability lost on the full cache's own right answers. Work in ``folder``
+    is used again; RLKVError if it was done on other problems or with other settings.
     """
     config = bench.config
     if bench.source(config.ablation_data, config.ablation_split) == bench.source(config.data, config.split):
         raise RLKVError(
             "ablation must score heads on other problems than those reported: give ablation_data=…"
         )
+    prompts = bench.problems(config.ablation_data, config.ablation_split, config.ablation_problems)
+    record(depends(bench, prompts), folder)
     if (folder / "gates.tsv").is_file():
         return HeadGates.load(folder, model=bench.model)
-    prompts = bench.problems(config.ablation_data, config.ablation_split, config.ablation_problems)
     return score_heads(bench, bench.sampler(prompts), prompts, folder)
+
+
+def depends(bench: Bench, prompts: Encoded) -> dict[str, Any]:
+    """What the scores depend on."""
+    settings = bench.settings
+    problems = [(identity(problem.task, problem.id), problem.digest) for problem in prompts.problems]
+    digest = hashlib.sha256(repr(problems).encode()).hexdigest()[:12]
+    return {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "window": str(settings.window),
+        "prefill": settings.prefill,
+        "reward": settings.reward,
+        "max_new_tokens": settings.max_new_tokens,
+        "development problems": f"{len(prompts)} (digest {digest})",
+    }
+
+
+def record(settings: dict[str, Any], folder: Path) -> None:
+    """Write ``settings`` into ``folder``; RLKVError if what is scored there was scored with others."""
+    path, advice = folder / "settings.yaml", f"choose another output, or delete {folder}"
+    if (folder / "gates.tsv").is_file() or read_rows(folder / "rows.jsonl"):
+        if not path.is_file():
+            raise RLKVError(f"{folder} holds head scores without {path.name}, of unknown settings: {advice}")
+        check_same(read_yaml(path), settings, f"{folder} holds head scores", advice)
+    save_config(settings, path)
 
 
 def score_heads(bench: Bench, sampler: Sampler, prompts: Encoded, folder: Path) -> HeadGates:
@@ -52,7 +82,10 @@ def score_heads(bench: Bench, sampler: Sampler, prompts: Encoded, folder: Path) 
     print(f"ablation: {layers * heads} heads x {len(prompts)} problems")
     solved = solve(bench, sampler, prompts)
     if not solved:
-        raise RLKVError(f"ablation: the full cache solves none of {len(prompts)} problems; nothing to lose")
+        raise RLKVError(
+            f"ablation: the full cache solves none of {len(prompts)} problems, so nothing can be lost: give "
+            "easier ones, or a higher max_new_tokens"
+        )
     singles = {
         f"head-{layer}-{head}": one_local(layers, heads, layer, head) for layer, head in pairs(layers, heads)
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,12 +56,14 @@ def answer_masks(
     *,
     max_new_tokens: int,
     chunk: int = 8192,
+    begin: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Row]]:
     """For each mask its rows, in the order of ``prompts``.
 
     ``masks``: name -> gates float [layers, kv_heads]. ``chunk`` answers at most go into one sampler run (each
-    brings its own gates). Raises RLKVError for two problems of one id, and if ``path`` holds an answer to a
-    problem that has changed since.
+    brings its own gates). ``begin`` is called before the first answer is written, or at once if ``path``
+    has some. Raises RLKVError for two problems of one id, and if ``path`` holds an answer to a problem that
+    has changed since.
     """
     identities = [identity(problem.task, problem.id) for problem in prompts.problems]
     if len(set(identities)) < len(identities):
@@ -84,6 +86,8 @@ def answer_masks(
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    if found:
+        begin()
     with path.open("a", encoding="utf-8") as file, AnswerProgress(len(wanted)) as tick:
         for start in range(0, len(wanted), chunk):
             part = wanted[start : start + chunk]
@@ -103,6 +107,8 @@ def answer_masks(
                     tokens=len(completion.tokens),
                     digest=digests[number],
                 )
+                if not found:
+                    begin()
                 file.write(json.dumps(asdict(row)) + "\n")
                 file.flush()
                 found[name, row.problem] = row

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from rlkv.data import Encoded, PromptSet
@@ -71,12 +72,17 @@ class EvalConfig:
                 raise RLKVError(
                     f"sparsity is the fraction of heads made local, within [0, 1]; got {sparsity}"
                 )
+        if not self.output:
+            raise RLKVError("no folder to write to is named: give output=FOLDER")
         if "rlkv" in self.methods and not self.gates:
             raise RLKVError("eval: the method rlkv needs gates=FOLDER (or choose methods=random,ablation)")
 
 
 class Bench:
-    """A model with its sampler and reward: what eval, ablation and rank answer problems with."""
+    """A model with its sampler and reward: what eval, ablation and rank answer problems with.
+
+    A model by name is loaded when it is first needed: what is cheaper to check comes first.
+    """
 
     def __init__(self, config: EvalConfig, model: Any = None, tokenizer: Any = None) -> None:
         config.check()
@@ -88,12 +94,42 @@ class Bench:
             print(line)
         pocket = self.name == "pocket"
         self.spec = config.data or ("pocket" if pocket else "")
-        automatic = "exact" if pocket else "math"
-        self.reward = get_reward(automatic if config.reward == "auto" else config.reward)
+        reward = config.reward if config.reward != "auto" else "exact" if pocket else "math"
+        self.reward = get_reward(reward)
+        dtype = pick_dtype(config.dtype, config.device)
+        # The config again, with what its empty and automatic values come to.
+        self.settings = replace(
+            config,
+            model=config.model or self.name,
+            window=self.window,
+            data=self.spec,
+            reward=reward,
+            dtype=dtype,
+        )
+        self.given = model, tokenizer
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any, ModelShape]:
+        """Model, tokenizer and shape; RLKVError for a model that can't be used, or not with these gates."""
+        model, tokenizer = self.given
         if model is None:
-            model, tokenizer = load_model(self.name, pick_dtype(config.dtype, config.device), config.device)
-        self.model, self.tokenizer = model, tokenizer
-        self.shape: ModelShape = self.gates.check(model) if self.gates else check_model(model)
+            model, tokenizer = load_model(self.name, self.settings.dtype, self.settings.device)
+        return model, tokenizer, self.gates.check(model) if self.gates else check_model(model)
+
+    @property
+    def model(self) -> Any:
+        """The one given, or the one named."""
+        return self.loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self.loaded[1]
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's."""
+        return self.loaded[2]
 
     def source(self, data: str, split: str) -> tuple[str, str]:
         """(prompt set, split) in effect: the pocket model's own by default; a JSONL file has no splits."""

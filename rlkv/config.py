@@ -67,6 +67,18 @@ def save(config: Any, path: str | Path) -> None:
     write_atomically(path, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
 
+def check_same(
+    old: dict[str, Any], new: dict[str, Any], what: str, advice: str = "choose another output"
+) -> None:
+    """Raise RLKVError if a setting of ``new`` was another in ``old``; one that ``old`` lacks may be anything.
+
+    ``what`` begins the sentence: whose settings the old ones are, and where.
+    """
+    for name, value in new.items():
+        if old.get(name, value) != value:
+            raise RLKVError(f"{what} with {name}={old[name]}, now it is {value}: {advice}")
+
+
 def plain(value: Any) -> Any:
     """``value`` in YAML's own types: dataclasses as mappings, classes with ``parse`` and paths as text."""
     if hasattr(type(value), "parse") or isinstance(value, Path):

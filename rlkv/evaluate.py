@@ -3,19 +3,20 @@
     results = evaluate(EvalConfig(model="pocket", gates="gates/pocket", output="runs/eval"))
 
 All masks answer all problems greedily, in one batch: the sampler takes gates for each request. The folder
-``output`` then holds config.yaml, masks/, rows.jsonl (an answer a line, so a killed run goes on),
-results.json and table.md.
+``output`` then holds config.yaml (with what empty settings came to), masks/, rows.jsonl (an answer a line, so
+a killed run goes on), results.json and table.md. Nothing binds it to its settings before the first answer.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlkv.answers import answer_masks
+from rlkv.answers import answer_masks, read_rows
 from rlkv.bench import Bench, EvalConfig
-from rlkv.config import plain, read_yaml
+from rlkv.config import check_same, plain, read_yaml
 from rlkv.config import save as save_config
 from rlkv.errors import RLKVError
 from rlkv.files import write_atomically
@@ -26,6 +27,7 @@ __all__ = ["EvalConfig", "evaluate"]
 
 # Settings that another run into the same folder may change: the rows that are there stay comparable.
 FREE = {"output", "n", "methods", "sparsities", "random_masks", "slots", "chunk", "device", "gates"}
+FREE |= {"ablation_problems", "ablation_split", "ablation_data"}  # the head scores are checked by themselves
 
 
 def evaluate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
@@ -36,22 +38,30 @@ def evaluate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> di
     """
     bench = Bench(config, model, tokenizer)
     out = Path(config.output)
+    answered = {mask for mask, _ in read_rows(out / "rows.jsonl")}
+    check_same_run(bench, out, bool(answered))
     prompts = bench.problems(config.data, config.split, config.n)
-    check_same_run(config, out)
     entries = make_masks(bench, out)
-    for entry in entries:
-        claim(entry.mask, out / "masks" / f"{entry.name}.json")
-    save_config(config, out / "config.yaml")
+    masks = {entry.name: entry.mask for entry in entries}
+    check_same_masks(masks, out / "masks", answered)
+
+    def begin() -> None:
+        (out / "masks").mkdir(exist_ok=True)
+        for name, mask in masks.items():
+            mask.save(out / "masks" / f"{name}.json")
+        save_config(bench.settings, out / "config.yaml")
+
     print(f"{len(entries)} masks x {len(prompts)} problems, window {bench.window}, prefill {config.prefill}")
     rows = answer_masks(
         out / "rows.jsonl",
         bench.sampler(prompts),
         bench.tokenizer,
         prompts,
-        {entry.name: entry.mask.gates() for entry in entries},
+        {name: mask.gates() for name, mask in masks.items()},
         bench.reward,
         max_new_tokens=config.max_new_tokens,
         chunk=config.chunk,
+        begin=begin,
     )
     results = {
         "model": bench.name,
@@ -99,26 +109,34 @@ def made(bench: Bench) -> dict[str, Any]:
     return {"window": bench.window, "model": bench.shape, "rounding": config.rounding, "tp": config.tp}
 
 
-def check_same_run(config: EvalConfig, out: Path) -> None:
-    """Raise RLKVError if ``output`` holds rows of an evaluation with other settings."""
+def check_same_run(bench: Bench, out: Path, answered: bool) -> None:
+    """Raise RLKVError if ``out`` holds answers of other settings, or the config.yaml of another command."""
     path = out / "config.yaml"
-    if not path.is_file():
+    old = read_yaml(path) if path.is_file() else {}
+    asked, now = plain(bench.config), plain(bench.settings)
+    if not old.keys() <= now.keys():
+        raise RLKVError(f"{path} belongs to another command: choose another output")
+    if not answered:
         return
-    old = read_yaml(path)
-    for name, value in plain(config).items():
-        if name not in FREE and old.get(name, value) != value:
-            raise RLKVError(
-                f"{out} holds an evaluation with {name}={old[name]}, now it is {value}: choose another output"
-            )
-
-
-def claim(mask: HeadMask, path: Path) -> None:
-    """Record a mask; RLKVError if the folder's rows of that name came from another one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = HeadMask.load(path) if path.is_file() else mask
-    if not old.full.equal(mask.full) or old.window != mask.window:
+    if not old:
         raise RLKVError(
-            f"{path} is another mask than the one to evaluate (other gates?): choose another output, or "
-            f"delete {path.parents[1]}"
+            f"{out} holds answers without config.yaml, of unknown settings: choose another output"
         )
-    mask.save(path)
+    # Older versions recorded empty settings as they were given.
+    same = {name for name in now if old.get(name) == asked[name]}
+    now = {name: value for name, value in now.items() if name not in FREE | same}
+    check_same(old, now, f"{out} holds an evaluation")
+
+
+def check_same_masks(masks: Mapping[str, HeadMask], folder: Path, answered: Collection[str]) -> None:
+    """Raise RLKVError if one of ``masks`` is not the one in ``folder`` whose answers are there."""
+    for name, mask in masks.items():
+        path = folder / f"{name}.json"
+        if name not in answered:
+            continue
+        old = HeadMask.load(path)
+        if not old.full.equal(mask.full) or old.window != mask.window:
+            raise RLKVError(
+                f"{path} is another mask than the one to evaluate (other gates?): choose another output, or "
+                f"delete {folder.parent}"
+            )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from rlkv.errors import RLKVError
 from rlkv.evaluate import evaluate
 from rlkv.gates import HeadGates
 from rlkv.mask import HeadMask
+from rlkv.window import Window
 
 torch.set_num_threads(1)
 
@@ -70,8 +73,6 @@ def test_scores_rank_by_what_each_head_alone_costs(config: EvalConfig, tmp_path:
     order = sorted(range(9), key=lambda i: (-accuracy.flatten()[i], -logprob.flatten()[i]))
     assert scores.values.flatten().argsort().tolist() == order
     assert accuracy.unique().numel() > 1
-    again = ablate(bench, tmp_path)
-    assert torch.equal(again.values, scores.values)
 
 
 def test_eval_takes_its_masks_from_the_scores(config: EvalConfig, tmp_path: Path) -> None:
@@ -81,6 +82,98 @@ def test_eval_takes_its_masks_from_the_scores(config: EvalConfig, tmp_path: Path
     scores = HeadGates.load(tmp_path / "ablation").values
     full = HeadMask.load(tmp_path / "masks" / "ablation-0.333333.json").full
     assert scores[~full].max() < scores[full].min()
+
+
+@pytest.fixture(scope="module")
+def scored(config: EvalConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished ablation."""
+    folder = tmp_path_factory.mktemp("scored")
+    ablate(Bench(config), folder)
+    return folder
+
+
+def unfinished(scored: Path, folder: Path) -> Path:
+    """What a kill after three answers leaves."""
+    shutil.copytree(scored, folder)
+    (folder / "gates.tsv").unlink()
+    (folder / "card.json").unlink()
+    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text("".join(lines[:3]))
+    return folder
+
+
+def test_scores_that_are_there_are_not_computed_again(
+    config: EvalConfig, scored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("rlkv.ablation.score_heads")
+    assert torch.equal(ablate(Bench(config), scored).values, HeadGates.load(scored).values)
+
+
+def test_a_killed_scoring_goes_on_to_the_same_scores(
+    config: EvalConfig, scored: Path, tmp_path: Path
+) -> None:
+    folder = unfinished(scored, tmp_path / "killed")
+    first = (folder / "rows.jsonl").read_text()
+    assert torch.equal(ablate(Bench(config), folder).values, HeadGates.load(scored).values)
+    assert (folder / "rows.jsonl").read_text().startswith(first)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": Window(1, 5)}, "window=2.6, now it is 1.5"),
+        ({"prefill": "local"}, "prefill=full, now it is local"),
+        ({"max_new_tokens": 15}, "max_new_tokens=16, now it is 15"),
+        ({"reward": "exact"}, "reward=tiny_folder:parity, now it is exact"),
+        ({"dtype": "bfloat16"}, "dtype=float32, now it is bfloat16"),
+        ({"ablation_problems": 4}, "development problems=5 .*, now it is 4 "),
+        ({"prompt_template": "{prompt};"}, "development problems=5 .*, now it is 5 "),
+    ],
+)
+def test_scores_of_other_settings_are_refused(
+    config: EvalConfig, scored: Path, tmp_path: Path, finished: bool, change: dict[str, Any], message: str
+) -> None:
+    folder = scored if finished else unfinished(scored, tmp_path / "killed")
+    with pytest.raises(RLKVError, match=f"{folder} holds head scores with {message}.*or delete {folder}$"):
+        ablate(Bench(replace(config, **change)), folder)
+
+
+def test_scores_of_other_development_problems_are_refused(
+    config: EvalConfig, scored: Path, tmp_path: Path
+) -> None:
+    same = shutil.copy(config.ablation_data, tmp_path / "moved.jsonl")
+    ablate(Bench(replace(config, ablation_data=str(same))), scored)
+    others = save_problems(tmp_path / "others.jsonl", start=60)
+    with pytest.raises(RLKVError, match="holds head scores with development problems=5 "):
+        ablate(Bench(replace(config, ablation_data=str(others))), scored)
+
+
+def test_scores_of_unknown_settings_are_refused(config: EvalConfig, scored: Path, tmp_path: Path) -> None:
+    folder = unfinished(scored, tmp_path / "old")
+    (folder / "settings.yaml").unlink()
+    with pytest.raises(RLKVError, match="without settings.yaml"):
+        ablate(Bench(config), folder)
+
+
+def test_a_scoring_without_answers_takes_other_settings(
+    config: EvalConfig, scored: Path, tmp_path: Path
+) -> None:
+    folder = unfinished(scored, tmp_path / "empty")
+    (folder / "rows.jsonl").write_text("")
+    short = Bench(replace(config, max_new_tokens=15))
+    assert ablate(short, folder).window == WINDOW
+    with pytest.raises(RLKVError, match="max_new_tokens=15, now it is 16"):
+        ablate(Bench(config), folder)
+
+
+def test_an_evaluation_may_take_the_method_in_later(config: EvalConfig, tmp_path: Path) -> None:
+    small = replace(config, output=str(tmp_path), methods=["random"], sparsities=[1 / 3], random_masks=1)
+    evaluate(small)
+    later = replace(small, methods=["random", "ablation"], ablation_problems=4)
+    assert [row["method"] for row in evaluate(later)["methods"]] == ["full", "random", "ablation"]
+    with pytest.raises(RLKVError, match="holds head scores with development problems=4 .*, now it is 3 "):
+        evaluate(replace(later, ablation_problems=3))
 
 
 def test_the_reported_problems_are_not_used_to_choose(config: EvalConfig, tmp_path: Path) -> None:

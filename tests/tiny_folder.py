@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tiny_models import tiny
 
+from rlkv.bench import EvalConfig
 from rlkv.data import Problem
 from rlkv.gates import HeadGates
 from rlkv.pocket.tokenizer import VOCABULARY, build_tokenizer
@@ -64,3 +65,19 @@ def save_gates(folder: Path, model: Path, seed: int = 0) -> Path:
     values = torch.rand(shape.layers, shape.kv_heads, generator=generator)
     HeadGates(values, window=WINDOW, model=shape).save(folder, config={"model": str(model)})
     return folder
+
+
+def evaluation(folder: Path) -> EvalConfig:
+    """Of RLKV and random masks on five problems; ``output`` is to be replaced."""
+    model = save_model(folder / "model")
+    return EvalConfig(
+        gates=str(save_gates(folder / "gates", model)),
+        data=str(save_problems(folder / "test.jsonl")),
+        output=str(folder / "never"),
+        sparsities=[0.25, 2 / 3],
+        random_masks=2,
+        reward="tiny_folder:parity",
+        max_new_tokens=24,
+        slots=8,
+        device="cpu",
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rlkv.evaluate import EvalConfig as Config
 
 POSITIONAL = ""
@@ -13,6 +15,11 @@ def run(config: Config) -> None:
     from rlkv.plots import draw_folder
     from rlkv.report import show
 
-    show(evaluate(config))
+    try:
+        show(evaluate(config))
+    except KeyboardInterrupt:
+        if Path(config.output).is_dir():
+            print(f"what is answered so far is in {config.output}: the same command goes on")
+        raise
     draw_folder(config.output)
     print(f"written to {config.output}: table.md, results.json, rows.jsonl, accuracy_kv.png")
