@@ -5,98 +5,37 @@
 Correctness first (random ragged packings against float32, beside PyTorch's own bf16 error), then times in
 milliseconds. "full" columns are plain causal attention; "x full" is our time over cuDNN's; "two passes" is
 cuDNN's full attention plus local attention by PyTorch's fused kernel in query blocks, mixed afterwards.
-"limit" is the time of our floating-point operations at the rate of a large bf16 matrix product, measured in
-the same run. Parts are timed alone: the far keys by cuDNN, then our kernels. About 30 s; --flex compiles
-FlexAttention too (a minute).
+"limit" is the time of causal attention's floating-point operations (mixed attention needs no more) at the
+rate of a large bf16 matrix product, measured in the same run; TFLOP/s counts the same operations. Parts are
+timed alone: the far keys by cuDNN, then our kernels. About 40 s; --flex compiles FlexAttention too (a minute
+more).
+
+In training every head is mixed until its gate reaches exactly 0; then its far keys are left out of the
+backward pass. "half closed" has half of the gates at 0, "x open" is its time over that of none. The values of
+other gates change no time, so --gates takes from its table only how many gates of each layer are 0 (authors'
+tables are clipped), and "gates" is the mean time of its layers.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import card, need_cuda, print_table, relative_error, require, time_calls, write_json
+from gpu_timing import card, need_cuda, print_table, time_calls, write_json
+from mixed_check import check, make_inputs, per_sequence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlkv.attention.chunked import mixed_chunked
-from rlkv.attention.reference import mixed_attention as reference
+from rlkv.gates import HeadGates
 from rlkv.kernels import mixed
 from rlkv.window import Window
 
-NAMES = ("output", "query", "key", "value", "gates")
 CASES = {"8192": [8192], "4x2048": [2048] * 4, "ragged": [3000, 700, 2000, 2492], "short": [300] * 24}
-
-
-def make_inputs(lengths: Sequence[int], heads: tuple[int, int], dim: int) -> list[torch.Tensor]:
-    """Query [T, Hq, D], key, value [T, Hkv, D] and gates [Hkv], all wanting gradients."""
-    total = sum(lengths)
-    shapes = [(total, heads[0], dim), (total, heads[1], dim), (total, heads[1], dim)]
-    states = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
-    return [part.requires_grad_() for part in [*states, torch.rand(heads[1], device="cuda")]]
-
-
-def per_sequence(
-    attend: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], lengths: Sequence[int]
-) -> torch.Tensor:
-    """``attend(query, key, value, gates)`` in transformers' layout on each sequence; [T, Hq, D]."""
-    parts = [part.split(list(lengths)) for part in inputs[:3]]
-    found = [
-        attend(*(part.transpose(0, 1)[None] for part in row), inputs[3]) for row in zip(*parts, strict=True)
-    ]
-    return torch.cat([part[0].transpose(0, 1) for part in found])
-
-
-def exact(window: Window, dim: int) -> Callable[..., torch.Tensor]:
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gates: torch.Tensor
-    ) -> torch.Tensor:
-        at = torch.arange(query.shape[2], device=query.device)
-        full, local = at <= at[:, None], window.sees(at[:, None], at)
-        return reference(query, key, value, gates, full[None, None], local[None, None], dim**-0.5)
-
-    return attend
-
-
-def errors_of(
-    lengths: Sequence[int], window: Window, heads: tuple[int, int], dim: int, tuning: Any
-) -> dict[str, Any]:
-    """Relative errors of output and gradients: ours, and PyTorch's fused attention for both branches."""
-    inputs = make_inputs(lengths, heads, dim)
-    gradient = torch.randn_like(inputs[0])
-    wide = [part.detach().float().requires_grad_() for part in inputs]
-    right = per_sequence(exact(window, dim), wide, lengths)
-    wanted = [right, *torch.autograd.grad(right, wide, gradient.float())]
-    ours = mixed.mixed_attention(*inputs, lengths, window, dim**-0.5, tuning=tuning)
-    found = [ours, *torch.autograd.grad(ours, inputs, gradient)]
-    theirs = per_sequence(lambda *x: mixed_chunked(*x, window, dim**-0.5), inputs, lengths)
-    other = [theirs, *torch.autograd.grad(theirs, inputs, gradient)]
-    result: dict[str, Any] = {}
-    for name, ours_, theirs_, right_ in zip(NAMES, found, other, wanted, strict=True):
-        result[name] = (relative_error(ours_, right_), relative_error(theirs_, right_))
-    return result
-
-
-def check(heads: tuple[int, int], dim: int, tuning: Any) -> list[dict[str, Any]]:
-    rows = []
-    for lengths, window in (
-        ([1500], Window(128, 256)),
-        ([777, 777], Window(16, 64)),
-        ([900, 60, 1, 1300], Window(64, 100)),
-        ([400, 300], Window(128, 256)),
-    ):
-        errors = errors_of(lengths, window, heads, dim, tuning)
-        rows.append({"lengths": "+".join(map(str, lengths)), "window": str(window)})
-        rows[-1].update({name: f"{ours:.1e}/{theirs:.1e}" for name, (ours, theirs) in errors.items()})
-        for name, (ours, theirs) in errors.items():
-            require(ours, min(2e-2, max(1.5 * theirs, 4e-3)), f"{lengths} {window} {name}")
-    print("relative errors, ours / PyTorch's bf16:")
-    print_table(rows)
-    return rows
 
 
 def matmul_rate() -> float:
@@ -155,32 +94,49 @@ def parts(
     return {**result, "near fwd": near * 1e3, "near bwd": back * 1e3}
 
 
-def measure(
-    name: str, window: Window, heads: tuple[int, int], dim: int, tuning: Any, rate: float, peers: bool
-) -> dict[str, Any]:
-    lengths = CASES[name]
-    inputs = make_inputs(lengths, heads, dim)
-    gradient = torch.randn_like(inputs[0])
+def our_seconds(
+    inputs: Sequence[torch.Tensor], lengths: Sequence[int], window: Window, tuning: Any, closed: int = 0
+) -> tuple[float, float]:
+    """Seconds of the forward pass and of both, with the first ``closed`` gates exactly 0."""
+    query, key, value, gates = inputs
+    gates = gates.detach().clone()
+    gates[:closed] = 0
+    states, gradient = (query, key, value, gates.requires_grad_()), torch.randn_like(query)
+    scaling, heads = query.shape[-1] ** -0.5, tuple(range(closed))
 
     def forward() -> torch.Tensor:
-        return mixed.mixed_attention(*inputs, lengths, window, dim**-0.5, tuning=tuning)
+        return mixed.mixed_attention(*states, lengths, window, scaling, closed=heads, tuning=tuning)
 
-    both = time_calls(lambda: torch.autograd.grad(forward(), inputs, gradient))
-    row: dict[str, Any] = {"case": name, "fwd": time_calls(forward) * 1e3, "fwd+bwd": both * 1e3}
-    row["limit"] = flops(lengths, heads[0], dim) / rate * 1e3
+    return time_calls(forward), time_calls(lambda: torch.autograd.grad(forward(), states, gradient))
+
+
+def measure(
+    name: str, window: Window, heads: tuple[int, int], dim: int, tuning: Any, rate: float, closed: list[int]
+) -> dict[str, Any]:
+    """Of one case, in milliseconds; ``closed``: how many gates of each layer of a table are 0, or nothing."""
+    lengths = CASES[name]
+    inputs = make_inputs(lengths, heads, dim)
+    alone, both = our_seconds(inputs, lengths, window, tuning)
+    work = flops(lengths, heads[0], dim)
+    row: dict[str, Any] = {"case": name, "fwd": alone * 1e3, "fwd+bwd": both * 1e3}
+    row |= {"limit": work / rate * 1e3, "TFLOP/s": work / both / 1e12, "% limit": 100 * work / both / rate}
+    half = our_seconds(inputs, lengths, window, tuning, heads[1] // 2)[1]
+    row["half closed"], row["x open"] = half * 1e3, half / both
+    if closed:
+        times = {count: our_seconds(inputs, lengths, window, tuning, count)[1] for count in set(closed)}
+        row["gates"] = 1e3 * sum(times[count] for count in closed) / len(closed)
     cudnn = full_times(inputs, lengths, SDPBackend.CUDNN_ATTENTION)
     row["cudnn full fwd"], row["cudnn full"] = (seconds * 1e3 for seconds in cudnn)
     row["x full"] = both / cudnn[1]
-    if peers:
-        row["flash full"] = full_times(inputs, lengths, SDPBackend.FLASH_ATTENTION)[1] * 1e3
+    row["flash full"] = full_times(inputs, lengths, SDPBackend.FLASH_ATTENTION)[1] * 1e3
+    gradient = torch.randn_like(inputs[0])
 
-        def two_passes() -> Any:
-            output = per_sequence(lambda *x: mixed_chunked(*x, window, dim**-0.5), inputs, lengths)
-            return torch.autograd.grad(output, inputs, gradient)
+    def two_passes() -> Any:
+        output = per_sequence(lambda *x: mixed_chunked(*x, window, dim**-0.5), inputs, lengths)
+        return torch.autograd.grad(output, inputs, gradient)
 
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
-            two = time_calls(two_passes, rounds=5)
-        row["two passes"] = two * 1e3
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
+        row["two passes"] = time_calls(two_passes, rounds=5) * 1e3
     return row
 
 
@@ -224,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--gates", help="a gates folder or table: how many gates of each layer are exactly 0")
     parser.add_argument("--window", default="128+256")
     parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], help="query heads, KV heads")
     parser.add_argument("--dim", type=int, default=128)
@@ -238,6 +195,7 @@ def main() -> None:
     chosen = {name: getattr(args, name) for name in ("forward", "queries", "keys") if getattr(args, name)}
     tuning, heads, window = replace(mixed.DEFAULT, **chosen), tuple(args.heads), Window.parse(args.window)
     errors = check(heads, args.dim, tuning)
+    closed = (HeadGates.load(args.gates).values == 0).sum(1).tolist() if args.gates else []
     rate = matmul_rate()
     print(
         f"{card()}, bf16 matrix product {rate / 1e12:.0f} TFLOP/s, window {window}, heads {heads}, "
@@ -245,7 +203,7 @@ def main() -> None:
     )
     rows, pieces = [], []
     for name in args.case:
-        row = measure(name, window, heads, args.dim, tuning, rate, peers=True)
+        row = measure(name, window, heads, args.dim, tuning, rate, closed)
         if args.flex:
             row |= flex_times(CASES[name], window, heads, args.dim)
         rows.append(row)
@@ -255,7 +213,10 @@ def main() -> None:
     print_table(rows)
     for piece in pieces:
         print({key: value if isinstance(value, str) else round(value, 3) for key, value in piece.items()})
-    write_json(args.json, {**card(), "matmul": rate, "errors": errors, "rows": rows, "parts": pieces})
+    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # no NaN
+    result = {"window": str(window), "heads": heads, "dim": args.dim, "matmul": rate, "errors": errors}
+    result |= {"gates closed by layer": closed, "rows": rows, "parts": pieces}
+    write_json(args.json, {**card(), **result})
 
 
 if __name__ == "__main__":

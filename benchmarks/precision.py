@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from gpu_timing import card, print_table, relative_error, write_json
 from random_llama import random_llama
-from train_step import transformers_forward
+from train_check import transformers_forward
 
 from rlkv import pocket
 from rlkv.attention import NAME, Mixed
@@ -73,8 +73,8 @@ def compare(name: str, found: list[torch.Tensor], right: list[torch.Tensor]) -> 
 
 def gradients(
     model: Any, wide: Any, rows: Rows, gates: torch.Tensor, window: Window, weighted: bool = False
-) -> list[dict[str, Any]]:
-    """A row for each way to compute in bf16; ``wide`` is the same model in float32."""
+) -> dict[str, Any]:
+    """Norms of the float32 gradient, and a row for each way to compute in bf16; ``wide`` is float32."""
 
     def by(model: Any, path: str) -> list[torch.Tensor]:
         return gradient(model, rows, gates, window, path, weighted)
@@ -88,13 +88,15 @@ def gradients(
             ("transformers + eager", "reference"),
         ):
             table.append(compare(name, by(model, path), right))
-    whole, layers = right[0].norm(), right[0].norm(dim=1)
+    layers = right[0].norm(dim=1)
+    norms = {"whole": right[0].norm().item(), "first layer": layers[0].item()}
+    norms["median layer"] = layers.median().item()
     print(
-        f"gradient of the {'policy loss' if weighted else 'log-probability'}: norm {whole:.3e}, "
-        f"first layer {layers[0]:.3e}, median layer {layers.median():.3e}"
+        f"gradient of the {'policy loss' if weighted else 'log-probability'}, norm in float32:",
+        {name: f"{norm:.3e}" for name, norm in norms.items()},
     )
     print_table(table)
-    return table
+    return {"norms in float32": norms, "bf16": table}
 
 
 @torch.inference_mode()

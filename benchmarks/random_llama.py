@@ -42,3 +42,13 @@ def weight_bytes(model: Any) -> int:
     """Bytes that a decode step reads: everything but the input embedding."""
     embedding = model.get_input_embeddings().weight.nbytes
     return sum(parameter.nbytes for parameter in model.parameters()) - embedding
+
+
+def random_gates(model: Any, closed: float = 0.0) -> torch.Tensor:
+    """Gates between 0 and 1 for every KV head; a share ``closed`` of them, at random, is exactly 0."""
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    generator = torch.Generator().manual_seed(2)
+    gates = torch.rand(shape, generator=generator).clamp(0.01, 0.99)
+    order = torch.rand(gates.numel(), generator=generator).argsort()
+    gates.view(-1)[order[: round(closed * gates.numel())]] = 0
+    return gates

@@ -4,8 +4,9 @@
 
 Tokens against the slot sampler, benchmarks/sampler.py and benchmarks/train_step.py on one model, the
 projected hours of the recipe, where a decode step's time goes, and with ``--whole`` one step as it is
-(benchmarks/whole_step.py, 3 min more). A stage that fails is reported and the next one begins. ``--tiny``
-tries it out, on a CPU too.
+(benchmarks/whole_step.py, 3 min more). A check that fails ends it all: nothing is timed after it. A stage
+that fails otherwise is noted, and the next one begins; the exit status is 1 in both cases. ``--tiny`` tries
+it out, on a CPU too.
 """
 
 from __future__ import annotations
@@ -25,19 +26,34 @@ from kernel_times import kernel_times
 from random_llama import random_llama
 from whole_step import whole_step
 
+from rlkv.errors import RLKVError
+
 POOL = 53.7  # GB of pages: kv_gib 50 of the recipe
 
 
-def stage(results: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
-    """Run it, note its result and its seconds."""
-    began = time.perf_counter()
-    try:
-        results[name] = work()
-    except Exception:
-        traceback.print_exc()
-        results[name] = None
-    print(f"--- {name}: {time.perf_counter() - began:.1f} s", flush=True)
-    return results[name]
+class Stages:
+    """Results by name, written to ``path`` after every stage."""
+
+    def __init__(self, path: str | None) -> None:
+        self.results: dict[str, Any] = {}
+        self.failed: list[str] = []
+        self._path = path
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """Note its result and seconds; None if it failed. A check that fails (RLKVError) goes on upwards."""
+        began = time.perf_counter()
+        try:
+            self.results[name] = work()
+        except Exception as error:
+            self.results[name] = {"failed": f"{type(error).__name__}: {error}"}
+            self.failed.append(name)
+            if isinstance(error, RLKVError):
+                raise
+            traceback.print_exc()
+        finally:
+            write_json(self._path, self.results)
+        print(f"--- {name}: {time.perf_counter() - began:.1f} s", flush=True)
+        return None if name in self.failed else self.results[name]
 
 
 def train(model: Any, tiny: bool) -> dict[str, Any]:
@@ -74,31 +90,26 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     tiny, device = arguments.tiny, "cuda" if torch.cuda.is_available() else "cpu"
-    results: dict[str, Any] = card() if device == "cuda" else {}
-    stage(results, "check", lambda: sampling.check_tokens(device))
+    stages, pool = Stages(arguments.json), 0.05 if tiny else POOL
+    stages.results |= card() if device == "cuda" else {}
+    stages.run("check", lambda: sampling.check_tokens(device))
     model = random_llama(device, tiny)
-    bandwidth = copy_bandwidth() if device == "cuda" else 1e10
-    results["copy_bandwidth"] = bandwidth
-    pool = 0.05 if tiny else POOL
-    sampled = stage(
-        results,
+    bandwidth = stages.run("copy_bandwidth", lambda: copy_bandwidth() if device == "cuda" else 1e10)
+    sampled = stages.run(
         "sampler",
         lambda: sampling.measure(model, arguments.gates, bandwidth, pool, tiny, arguments.static),
     )
-    write_json(arguments.json, results)
-    trained = stage(results, "train", lambda: train(model, tiny))
+    trained = stages.run("train", lambda: train(model, tiny))
     if sampled and trained:
         fit, speed = training.fit_steps(sampled["steps"]), trained["updates"][0]["tokens/s"]
-        stage(results, "projection", lambda: training.project(fit, speed, POOL))
-    write_json(arguments.json, results)
-    found = stage(results, "profile", lambda: profile(model, tiny))
+        stages.run("projection", lambda: training.project(fit, speed, POOL))
+    found = stages.run("profile", lambda: profile(model, tiny))
     if found:
         print_table(found)
-    write_json(arguments.json, results)
     if arguments.whole:
-        whole = stage(results, "whole step", lambda: whole_step(model, *((0.3, 200) if tiny else ())))
-        print(whole)
-        write_json(arguments.json, results)
+        print(stages.run("whole step", lambda: whole_step(model, *((0.3, 200) if tiny else ()))))
+    if stages.failed:
+        raise SystemExit(f"failed: {', '.join(stages.failed)}")
 
 
 if __name__ == "__main__":

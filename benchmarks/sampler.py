@@ -3,12 +3,14 @@
     python benchmarks/sampler.py --gates GATES --json sampler.json
 
 Correctness first: float32 tokens are the slot sampler's, bf16 log-probabilities are near the trainer's. Then
-(1) 128 requests of 128 + 512 tokens with soft gates and with a mask, and 256 requests with full heads, which
-SGLang 0.5.17 does at 17,088 tokens/s on an H100; then 32 requests of 128 + 128 tokens beside transformers'
-generate with its dynamic cache and (compiled, a minute more: --static) its static one; (2) seconds of a step
-at given lengths, without a prompt pass; (3) equal memory: requests of mean length 4096 that fit a pool of
-36 GB. "limit" is the time to read weights, keys and values once at the copy bandwidth measured in the same
-run. About a minute and a half.
+(1) 128 requests of 128 + 512 tokens with soft gates and with a mask (at the training window, which hides next
+to nothing at these lengths, and at the deployed one), and 256 requests with full heads, which SGLang 0.5.17
+does at 17,088 tokens/s on an H100; then 32 requests of 128 + 128 tokens beside transformers' generate with
+its dynamic cache and (compiled, a minute more: --static) its static one; (2) seconds of a step at given
+lengths, without a prompt pass; (3) steps at equal memory: requests of mean length 4096 that fit a pool of
+36 GB (whole answers at equal memory: equal_memory.py). "limit" is the time to read weights, keys and values
+once a step at the copy bandwidth measured in the same run; prompts are left out of it, not of tokens/s.
+"graph rows" are those that a step computes: its graph's, of which there are 16 sizes. About 100 s.
 """
 
 from __future__ import annotations
@@ -18,75 +20,22 @@ import time
 from typing import Any
 
 import torch
+from gpu_memory import MemoryWatch
 from gpu_timing import card, copy_bandwidth, print_table, write_json
 from random_llama import random_llama, weight_bytes
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from sampler_checks import check_tokens, trainer_gap
 
-from rlkv.attention import NAME, Mixed
+from rlkv.attention import NAME
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.paged import PagedSampler
 from rlkv.paged.state import Live
-from rlkv.sampler import Sampler, SamplingParams
+from rlkv.sampler import SamplingParams
 from rlkv.window import Window
 
 SGLANG = 17_088  # tokens/s, 256 requests x (128 + 512), SGLang 0.5.17, one H100, measured apart
 WINDOW, DEPLOYED = Window(128, 256), Window(16, 64)
 Gates = torch.Tensor | None
-
-
-def check_tokens(device: str) -> None:
-    """Float32: the same tokens as the slot sampler's, through refills, a short pool and shared prompts."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=2048, eos_token_id=1,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).to(device).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(1.5)
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 150, (20,), generator=generator).tolist() + [70] * 3
-    prompts = [torch.randint(2, 64, (length,), generator=generator).tolist() for length in lengths]
-    prompts += [prompts[-1]] * 3
-    gates = torch.rand(3, 4, generator=generator)
-    window, params = Window(4, 16), SamplingParams(max_new_tokens=60, seed=5)
-    slow = Sampler(model, window, slots=8, max_length=220, cuda_graphs=False)
-    page = 2 * 16 * 64 * 4
-    fast = PagedSampler(model, window, slots=16, max_length=220, page_size=16, kv_bytes=page * 700)
-    for name, values in (("full", None), ("soft", gates), ("mask", gates.round())):
-        expected, found = slow.generate(prompts, params, values), fast.generate(prompts, params, values)
-        same = sum(one.tokens == other.tokens for one, other in zip(found, expected, strict=True))
-        gap = max(
-            abs(p - q)
-            for one, other in zip(found, expected, strict=True)
-            if one.tokens == other.tokens
-            for p, q in zip(one.logprobs, other.logprobs, strict=True)
-        )
-        print(f"float32, {name}: {same} of {len(prompts)} completions equal, logprobs within {gap:.1e}, "
-              f"{fast.preemptions} requests came back")  # fmt: skip
-        # a draw within rounding of a boundary may go the other way, in one completion or so
-        if same < len(prompts) - 2 or gap > 1e-3 or fast.pool.used:
-            raise RLKVError(f"paged sampler: {name} completions differ; not timed")
-
-
-@torch.inference_mode()
-def trainer_gap(model: Any, sampler: PagedSampler, gates: torch.Tensor) -> float:
-    """Mean |log p(sampler) - log p(trainer)| of a few bf16 completions."""
-    generator = torch.Generator().manual_seed(3)
-    longest = min(900, sampler.max_length - 100)
-    prompts = [
-        torch.randint(0, 20000, (length,), generator=generator).tolist() for length in (40, 130, longest)
-    ]
-    found = sampler.generate(prompts, SamplingParams(max_new_tokens=48), gates)
-    total = 0.0
-    for prompt, one in zip(prompts, found, strict=True):
-        ids = torch.tensor([prompt + one.tokens], device=model.device)
-        logits = model(ids, rlkv=Mixed(gates.to(ids.device), sampler.window), use_cache=False).logits[0]
-        logprobs = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
-        expected = logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
-        total += (torch.tensor(one.logprobs) - expected).abs().mean().item() / len(prompts)
-    return total
 
 
 def throughput(sampler: PagedSampler, requests: int, new: int, gates: Gates) -> float:
@@ -169,6 +118,13 @@ def held_bytes(sampler: PagedSampler, lengths: list[int], gates: Gates) -> int:
     return tokens * shape.head_dim * 2 * sampler._cache.keys.element_size()
 
 
+def run_bytes(model: Any, sampler: PagedSampler, requests: int, new: int, gates: Gates) -> int:
+    """Bytes that the steps of ``throughput`` must read: weights, and what each step's own lengths hold."""
+    steps = range(129, 128 + new)  # the first token is the prompt pass's
+    held = sum(held_bytes(sampler, [length], gates) for length in steps)
+    return len(steps) * weight_bytes(model) + requests * held
+
+
 def spread(count: int, mean: int) -> list[int]:
     """Lengths evenly spread from a tenth of the mean to 1.9 times it."""
     return [int(mean * (0.1 + 1.8 * (index + 0.5) / count)) for index in range(count)]
@@ -198,22 +154,25 @@ def measure(
     config = model.config
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     soft = torch.rand(layers, heads, generator=torch.Generator().manual_seed(1)).clamp(0.01, 0.99)
-    mask = mask_gates(gates_path, layers, heads)
+    mask = mask_gates(None if tiny else gates_path, layers, heads)
     new, scale = (24, 16) if tiny else (512, 1)
     sampler = make_sampler(model, WINDOW, 512 // scale, 8192 // scale, pool)
     for states in (sampler._cache.keys, sampler._cache.values):
         states.normal_()
-    result: dict[str, Any] = {"trainer_gap": trainer_gap(model, sampler, soft)}
-    print(f"bf16: mean |log p(sampler) - log p(trainer)| = {result['trainer_gap']:.4f}")
+    watch = MemoryWatch()
+    result: dict[str, Any] = {"trainer": trainer_gap(model, sampler, soft)}
     runs: list[dict[str, Any]] = []
-    for name, count, gates in (("soft", 128, soft), ("mask 0.5", 128, mask), ("full", 256, None)):
-        count //= scale
-        lengths = [128 + new // 2] * count
-        limit = (weight_bytes(model) + held_bytes(sampler, lengths, gates)) / bandwidth
+    for name, count, gates, window in (
+        ("soft", 128, soft, WINDOW), ("mask 0.5", 128, mask, WINDOW), ("mask 0.5", 128, mask, DEPLOYED),
+        ("full", 256, None, WINDOW),
+    ):  # fmt: skip
+        sampler.window, count = window, count // scale
+        limit = count * new * bandwidth / run_bytes(model, sampler, count, new, gates)
         speed = throughput(sampler, count, new, gates)
-        runs.append({"run": name, "requests": count, "tokens/s": speed, "limit": count / limit,
-                     "% limit": 100 * speed * limit / count})  # fmt: skip
+        runs.append({"run": name, "window": str(window), "requests": count, "tokens/s": speed,
+                     "limit": limit, "% limit": 100 * speed / limit})  # fmt: skip
         print(runs[-1], flush=True)
+    sampler.window = WINDOW
     peers = {"ours": throughput(sampler, 32 // scale, new // 4, None)}
     for cache in ("dynamic", "static") if static else ("dynamic",):
         peers[f"transformers, {cache} cache"] = transformers_throughput(model, 32 // scale, new // 4, cache)
@@ -224,9 +183,9 @@ def measure(
         lengths = spread(count, mean)
         seconds = step_seconds(sampler, lengths, gates)
         limit = (weight_bytes(model) + held_bytes(sampler, lengths, gates)) / bandwidth
-        steps.append({"step": name, "rows": count, "mean length": mean, "window": str(sampler.window),
-                      "ms": 1e3 * seconds, "limit ms": 1e3 * limit, "tokens/s": count / seconds,
-                      "tokens": sum(lengths)})  # fmt: skip
+        steps.append({"step": name, "rows": count, "graph rows": sampler._bucket(count), "mean length": mean,
+                      "window": str(sampler.window), "ms": 1e3 * seconds, "limit ms": 1e3 * limit,
+                      "tokens/s": count / seconds, "tokens": sum(lengths)})  # fmt: skip
         print(steps[-1], flush=True)
         return steps[-1]
 
@@ -248,8 +207,8 @@ def measure(
     print(f"equal memory ({pool} GB): mask over full {gain:.2f}x; bytes allow {1 / local:.2f}x")
     full = next((run["tokens/s"] for run in runs if run["run"] == "full"), float("nan"))
     print(f"256 requests, full heads, against SGLang's {SGLANG} tokens/s: {full / SGLANG:.2f}x")
-    result |= {"runs": runs, "32 requests, tokens/s": peers}
-    return {**result, "steps": steps, "equal_memory_gain": gain, "bytes_allow": 1 / local,
+    result |= {"runs": runs, "32 requests, tokens/s": peers, "steps": steps, "memory": watch.figures()}
+    return {**result, "equal_memory_gain": gain, "bytes_allow": 1 / local,
             "over_sglang": full / SGLANG}  # fmt: skip
 
 
@@ -261,7 +220,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU too: to try this out")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_tokens(device)
+    checked = check_tokens(device)
     model = random_llama(device, arguments.tiny)
     bandwidth = copy_bandwidth() if device == "cuda" else 1e10
     pool, tiny = 0.05 if arguments.tiny else 36.0, arguments.tiny
@@ -270,7 +229,7 @@ def main() -> None:
     print_table(result["steps"])
     if device == "cuda":
         result |= card()
-    write_json(arguments.json, {**result, "copy_bandwidth": bandwidth})
+    write_json(arguments.json, {"check": checked, **result, "copy_bandwidth": bandwidth})
 
 
 if __name__ == "__main__":

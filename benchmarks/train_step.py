@@ -2,12 +2,14 @@
 
     python benchmarks/train_step.py --json train_step.json
 
-Measured: the learner's own step on a few answers whose mean is the paper's 4.3k tokens, in three ways: our
-forward with all activations kept (the recipe), with layers recomputed, and transformers' forward with layers
-recomputed; FLOP/s beside those of a large matrix product; peak memory; and where the time of the longest
-answer goes. With --sampler, the decode steps that benchmarks/sampler.py measured give the sum: a rollout of
-128 answers is simulated token by token with the fitted step time, under the page pool, and all answers are
-taken to be trained on (those of advantage 0 really are not). benchmarks/whole_step.py measures all of it.
+First log-probabilities and the gates' gradient are held against the reference (train_check.py). Measured:
+the learner's own step on a few answers whose mean is the paper's 4.3k tokens, in three ways: our forward with
+all activations kept (the recipe), with layers recomputed, and transformers' forward with layers recomputed;
+FLOP/s beside those of a large matrix product; memory; and where the time of the longest answer goes.
+--closed 0.5 sets half of the gates to exactly 0, as late in a training run (FLOP/s still count them). With
+--sampler, the decode steps that benchmarks/sampler.py measured give the sum: a rollout of 128 answers is
+simulated token by token with the fitted step time, under the page pool, and all answers are taken to be
+trained on (those of advantage 0 really are not). benchmarks/whole_step.py measures all of it.
 """
 
 from __future__ import annotations
@@ -15,18 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_memory import MemoryWatch
 from gpu_timing import card, print_table, time_calls, write_json
 from kernel_times import kernel_times
-from random_llama import random_llama
+from random_llama import random_gates, random_llama
+from train_check import check_update, transformers_forward
 
-from rlkv.family import FamilyForward
 from rlkv.learner import Learner, Sample, pack
 from rlkv.loading import recompute_activations
 from rlkv.logprobs import padded
@@ -58,42 +60,27 @@ def make_samples(lengths: tuple[int, ...], vocabulary: int) -> list[Sample]:
     return samples
 
 
-def peak_gib() -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-
-
-def reset_peak() -> None:
-    wait()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-@contextmanager
-def transformers_forward() -> Iterator[None]:
-    """Keep the trainer from its own forward."""
-    fits = FamilyForward.fits
-    FamilyForward.fits = staticmethod(lambda model: False)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        FamilyForward.fits = staticmethod(fits)  # type: ignore[method-assign]
-
-
-def learn(model: Any, lengths: tuple[int, ...], way: str, budget: int = BUDGET) -> dict[str, Any]:
-    """Seconds and peak memory of one update of the gates."""
+def make_learner(model: Any, gates: torch.Tensor, way: str, budget: int = BUDGET) -> Learner:
     config = TrainConfig(gradient_checkpointing=way != KEPT, max_tokens_per_microbatch=budget)
-    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
-    gates = torch.rand(shape, generator=torch.Generator().manual_seed(2))
-    learner = Learner(model, gates, config, Penalty(config.penalty, config.tau, None, 10))
-    samples, nothing = make_samples(lengths, model.config.vocab_size), torch.zeros(shape, device=model.device)
+    return Learner(model, gates, config, Penalty(config.penalty, config.tau, None, 10))
+
+
+def learn(
+    model: Any, gates: torch.Tensor, lengths: tuple[int, ...], way: str, budget: int = BUDGET
+) -> dict[str, Any]:
+    """Seconds and memory of one update of the gates."""
+    watch = MemoryWatch()
+    learner = make_learner(model, gates, way, budget)
+    samples, nothing = make_samples(lengths, model.config.vocab_size), torch.zeros_like(learner.gates)
     with transformers_forward() if way == THEIRS else nullcontext():
         learner.step(samples, nothing)  # compiles and plans
-        reset_peak()
+        learner.gates.data.copy_(gates)  # a closed head may have opened
+        wait()
         began = time.perf_counter()
         learner.step(samples, nothing)
         wait()
@@ -106,27 +93,26 @@ def learn(model: Any, lengths: tuple[int, ...], way: str, budget: int = BUDGET) 
         "batches": len(pack(samples, budget, padded)),
         "seconds": seconds,
         "tokens/s": tokens / seconds,
-        "peak GiB": peak_gib(),
+        **watch.figures(),
     }
 
 
-def shares(model: Any, length: int, way: str) -> dict[str, Any]:
+def shares(model: Any, gates: torch.Tensor, length: int, way: str) -> dict[str, Any]:
     """Milliseconds of one answer's forward and backward pass by kind of kernel, and what the device idled."""
-    config = TrainConfig(gradient_checkpointing=way != KEPT)
-    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
-    learner = Learner(model, torch.full(shape, 0.5), config, Penalty(config.penalty, config.tau, None, 10))
-    samples, nothing = (
-        make_samples((length,), model.config.vocab_size),
-        torch.zeros(shape, device=model.device),
-    )
+    learner = make_learner(model, gates, way)
+    samples, nothing = make_samples((length,), model.config.vocab_size), torch.zeros_like(learner.gates)
+
+    def step() -> None:
+        learner.gates.data.copy_(gates)
+        learner.step(samples, nothing)
+        wait()
+
     with transformers_forward() if way == THEIRS else nullcontext():
-        learner.step(samples, nothing)
-        wait()
+        step()
         began = time.perf_counter()
-        learner.step(samples, nothing)
-        wait()
+        step()
         wall = 1e3 * (time.perf_counter() - began)
-        times = kernel_times(lambda: learner.step(samples, nothing))
+        times = kernel_times(step)
     return {"way": way, "tokens": length + PROMPT, "wall": wall, **times}
 
 
@@ -202,19 +188,23 @@ def project(fit: np.ndarray, train_tokens_per_second: float, pool_gb: float) -> 
     return result
 
 
-def measure(model: Any, lengths: tuple[int, ...] = LENGTHS, budget: int = BUDGET) -> dict[str, Any]:
-    """Updates in each way, and where the time of the longest answer goes."""
+def measure(
+    model: Any, lengths: tuple[int, ...] = LENGTHS, budget: int = BUDGET, closed: float = 0.0
+) -> dict[str, Any]:
+    """The check, updates in each way, and where the time of the longest answer goes."""
     recompute_activations(model)
-    rows = [learn(model, lengths, way, budget) for way in WAYS]
+    gates = random_gates(model, closed)
+    checked = check_update(model, gates, TrainConfig().window)
+    rows = [learn(model, gates, lengths, way, budget) for way in WAYS]
     if torch.cuda.is_available():
         rate = product_rate()
         for row in rows:
             row["TFLOP/s"] = step_flops(model, lengths, row["way"] != KEPT) / row["seconds"] / 1e12
             row["% of product rate"] = 1e14 * row["TFLOP/s"] / rate
-    parts = [shares(model, max(lengths), way) for way in (KEPT, THEIRS)]
+    parts = [shares(model, gates, max(lengths), way) for way in (KEPT, THEIRS)]
     print_table(rows)
     print_table(parts)
-    return {"updates": rows, "milliseconds": parts}
+    return {"check": checked, "closed": closed, "updates": rows, "milliseconds": parts}
 
 
 def main() -> None:
@@ -223,11 +213,13 @@ def main() -> None:
     parser.add_argument(
         "--sampler", help="JSON of benchmarks/sampler.py: its decode steps give the projection"
     )
+    parser.add_argument("--closed", type=float, default=0.0, help="share of gates that are exactly 0")
     parser.add_argument("--pool", type=float, default=53.7, help="GB of pages (50 GiB, as the recipe has it)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU too: to try this out")
     arguments = parser.parse_args()
     model = random_llama("cuda" if torch.cuda.is_available() else "cpu", arguments.tiny)
-    result = measure(model, (90, 40, 20) if arguments.tiny else LENGTHS, 300 if arguments.tiny else 7680)
+    lengths, budget = ((90, 40, 20), 300) if arguments.tiny else (LENGTHS, BUDGET)
+    result = measure(model, lengths, budget, arguments.closed)
     if arguments.sampler:
         fit = fit_steps(json.loads(Path(arguments.sampler).read_text())["steps"])
         result |= {

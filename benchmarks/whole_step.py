@@ -6,7 +6,9 @@
 7,168 tokens (mean 4,300, the paper's) are sampled with soft gates on the paged sampler, each stopped at its
 own length; the pages' memory is given back; the learner updates the gates on all of them. A random model
 writes no answer that could be graded, so verdicts are drawn: in every group some are right and some wrong,
-and no answer is left out. Nothing is projected but the hours: 186 such steps.
+and no answer is left out. Nothing is projected but the hours: 186 such steps. Before, log-probabilities and
+the gates' gradient are held against the reference (train_check.py). --closed 0.5 sets half of the gates to
+exactly 0, as late in a training run: rollout and update skip what those heads don't see.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_memory import MemoryWatch
 from gpu_timing import card, print_table, write_json
-from random_llama import random_llama
-from train_step import ANSWERS, PROMPT, STEPS, lengths_of_a_batch, peak_gib, reset_peak, wait
+from random_llama import random_gates, random_llama
+from train_check import check_update
+from train_step import ANSWERS, PROMPT, STEPS, lengths_of_a_batch, wait
 
 from rlkv.learner import Learner, Sample, pack
 from rlkv.logprobs import padded
@@ -75,13 +79,13 @@ def plan_shapes(model: Any, samples: list[Sample], budget: int) -> float:
     return time.perf_counter() - began
 
 
-def whole_step(model: Any, kv_gib: float = 50.0, scale: int = 1) -> dict[str, Any]:
+def whole_step(model: Any, kv_gib: float = 50.0, scale: int = 1, closed: float = 0.0) -> dict[str, Any]:
     """Seconds, tokens and memory of rollout and update; ``scale`` divides the lengths."""
     limits = [max(length // scale, 2) for length in lengths_of_a_batch()]
     limits = [int(length) for length in np.random.default_rng(1).permutation(limits)]
-    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
     config = TrainConfig(gradient_checkpointing=False)
-    gates = torch.rand(shape, generator=torch.Generator().manual_seed(2)).clamp(0.01, 0.99)
+    gates = random_gates(model, closed)
+    checked = check_update(model, gates, config.window)
     learner = Learner(model, gates, config, Penalty(config.penalty, config.tau, None, 10))
     sampler = PagedSampler(
         model, Window(128, 256), slots=ANSWERS, max_length=7680, kv_bytes=int(kv_gib * 2**30), release=True
@@ -95,29 +99,31 @@ def whole_step(model: Any, kv_gib: float = 50.0, scale: int = 1) -> dict[str, An
     with EachItsLength([9 + index // 3 for index in range(ANSWERS)]):
         sampler.generate(prompts, warm, gates)
     params = SamplingParams(max_new_tokens=max(limits), stop_ids=(vocabulary,), seed=1)
-    reset_peak()
+    watch = MemoryWatch()
     began = time.perf_counter()
     with EachItsLength(limits):
-        done = sampler.generate(prompts, params, gates)
+        done = sampler.generate(prompts, params, gates, on_finish=watch.look)
     wait()
-    rollout, rollout_peak = time.perf_counter() - began, peak_gib()
+    rollout, memory = time.perf_counter() - began, watch.figures("rollout ")
     samples = [
         Sample(prompt, one.tokens, one.logprobs, Verdict(float(index % GROUP < 2), "correct"))
         for index, (prompt, one) in enumerate(zip(prompts, done, strict=True))
     ]
     groups = [samples[start : start + GROUP] for start in range(0, ANSWERS, GROUP)]
     result: dict[str, Any] = {
+        "check": checked,
+        "closed": closed,
         "answers": ANSWERS,
         "response tokens": sum(limits),
         "rollout s": rollout,
         "rollout tokens/s": sum(limits) / rollout,
-        "rollout peak GiB": rollout_peak,
+        **memory,
         "preemptions": sampler.preemptions,
         "pages used GiB": sampler.pool.most_used / len(sampler.pool.owners) * kv_gib,
     }
     print(result, flush=True)
     result["planning s, once a run"] = plan_shapes(model, samples, config.max_tokens_per_microbatch)
-    reset_peak()
+    watch = MemoryWatch()
     began = time.perf_counter()
     values = learner.update(groups, 0)
     wait()
@@ -125,7 +131,7 @@ def whole_step(model: Any, kv_gib: float = 50.0, scale: int = 1) -> dict[str, An
     result |= {
         "update s": update,
         "update tokens/s": sum(map(len, samples)) / update,
-        "update peak GiB": peak_gib(),
+        **watch.figures("update "),
         "step s": rollout + update,
         "hours for 186 steps": STEPS * (rollout + update) / 3600,
         "hours if half the answers have advantage 0": STEPS * (rollout + update / 2) / 3600,
@@ -140,12 +146,13 @@ def main() -> None:
     )
     parser.add_argument("--json")
     parser.add_argument("--pool", type=float, default=50.0, help="GiB of pages")
+    parser.add_argument("--closed", type=float, default=0.0, help="share of gates that are exactly 0")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU too: to try this out")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = random_llama(device, arguments.tiny)
     pool, scale = (0.3, 200) if arguments.tiny else (arguments.pool, 1)
-    result = whole_step(model, pool, scale)
+    result = whole_step(model, pool, scale, arguments.closed)
     print_table(
         [{"": name, "value": value} for name, value in result.items() if isinstance(value, float | int)]
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rlkv.kernels import available, interpreted
+from rlkv.kernels import HEAD_DIMS, available, interpreted
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # layer, query, key, value
@@ -27,8 +27,8 @@ class FamilyForward:
     def __init__(self, model: Any, join: bool = False) -> None:
         self._inner = model.base_model
         self._layers = list(self._inner.layers)
-        self._fused = use_kernels(next(model.parameters()).device)
         self._dim = self._layers[0].self_attn.head_dim
+        self._fused = use_kernels(next(model.parameters()).device, self._dim)
         if join:
             for layer in self._layers:
                 attention, mlp = layer.self_attn, layer.mlp
@@ -41,12 +41,14 @@ class FamilyForward:
     def fits(model: Any) -> bool:
         """Whether the model's layers are those that this forward knows, with nothing attached to them.
 
-        Adapters, hooks, quantised weights and replaced modules are the model's own forward's to respect.
+        Adapters, hooks, quantised weights and replaced modules are the model's own forward's to respect; what
+        is attached to ``model`` itself, around its output embedding, neither forward meets.
         """
         config, layers = model.config, getattr(model.base_model, "layers", None)
         if config.model_type not in FAMILY or config.hidden_act != "silu" or not layers:
             return False
-        parts = [part for layer in layers for part in layer.modules()] + [model.base_model.norm]
+        parts = [part for layer in layers for part in layer.modules()]
+        parts += [model.base_model, model.base_model.norm]
         dtypes = {parameter.dtype for part in parts for parameter in part.parameters(recurse=False)}
         return len(dtypes) == 1 and dtypes.pop().is_floating_point and all(map(is_plain, parts))
 
@@ -135,9 +137,10 @@ def is_plain(module: Any) -> bool:
     return own and not attached and "forward" not in vars(module)
 
 
-def use_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels run on this device: CUDA, or a CPU in Triton's interpreter."""
-    return available() and (device.type == "cuda" or interpreted())
+def use_kernels(device: torch.device, head_dim: int | None = None) -> bool:
+    """Whether Triton kernels run on this device (CUDA, or a CPU in Triton's interpreter), for such heads."""
+    fits = head_dim is None or head_dim in HEAD_DIMS
+    return fits and available() and (device.type == "cuda" or interpreted())
 
 
 def product(x: torch.Tensor, linears: list[Any]) -> torch.Tensor:

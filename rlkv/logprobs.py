@@ -93,18 +93,22 @@ def check_head(model: Any) -> None:
         )
 
 
+def on_kernels(model: Any) -> bool:
+    """Whether :func:`final_hidden` can leave the model's own forward, which keeps far more for autograd."""
+    return FamilyForward.fits(model) and takes(model.dtype, model.device, check_model(model).head_dim)
+
+
 def final_hidden(model: Any, ids: torch.Tensor, mixed: Mixed) -> torch.Tensor:
     """[rows, tokens, width] after the final norm, of rows ``ids`` that each are one sequence.
 
     On the kernels where model and device allow it, else by the model's own forward.
     """
     whole = mixed.cu_seqlens is None and mixed.path in ("auto", "kernel")
-    shape = check_model(model)
-    if not (whole and FamilyForward.fits(model) and takes(model.dtype, model.device, shape.head_dim)):
+    if not (whole and on_kernels(model)):
         return model.base_model(ids, use_cache=False, rlkv=mixed).last_hidden_state
     from rlkv.kernels.mixed import mixed_attention
 
-    rows, length = ids.shape
+    shape, (rows, length) = check_model(model), ids.shape
     mixed.check_gates(rows, shape.layers, shape.kv_heads)
 
     def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,17 @@ from rlkv.settings import TrainConfig
 from rlkv.support import ModelShape
 
 MASK_LOSS = 0.05  # of accuracy, from soft gates to the mask, that is worth a word
+KEPT = 30  # numbers a layer, token and unit of width that transformers' forward keeps for the backward pass
+MUCH = 32  # GiB of them that are worth a word
 
 
-def remarks(config: TrainConfig, shape: ModelShape, steps: int, done: int) -> list[str]:
-    """One line each: what will run for ``steps`` steps, and what is likely not meant."""
+def remarks(
+    config: TrainConfig, shape: ModelShape, steps: int, done: int, on_kernels: bool = True
+) -> list[str]:
+    """One line each: what will run for ``steps`` steps, and what is likely not meant.
+
+    ``on_kernels``: as :func:`rlkv.logprobs.on_kernels` says of the model.
+    """
     gates = shape.layers * shape.kv_heads
     lines = [
         f"{shape.describe()}: {gates} gates, {steps} steps of {config.prompts_per_step} prompts x "
@@ -32,6 +39,15 @@ def remarks(config: TrainConfig, shape: ModelShape, steps: int, done: int) -> li
         )
     if not config.validation_data or not config.validate_every:
         lines.append("No validation: the last gates are kept.")
+    if not (on_kernels or config.gradient_checkpointing or config.estimator == "masks"):
+        width = shape.query_heads * shape.head_dim * shape.layers * shape.bytes_per_value
+        gib = KEPT * width * config.max_tokens_per_microbatch / 2**30
+        if gib >= MUCH:
+            lines.append(
+                f"WARNING: updates go through transformers' forward and keep about {gib:.0f} GiB of "
+                f"activations, of {config.max_tokens_per_microbatch} tokens at once: "
+                "gradient_checkpointing=true or a smaller max_tokens_per_microbatch takes less memory."
+            )
     mean_rate = (config.learning_rate + config.learning_rate_at(steps - 1, steps)) / 2
     if config.target_sparsity is not None and mean_rate * steps < 2:
         lines.append(

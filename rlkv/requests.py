@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from rlkv.errors import RLKVError
+from rlkv.support import ModelShape, check_model
 
 
 @dataclass
@@ -34,6 +35,17 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def check_settings(model: Any, slots: int, max_length: int, prefill: str) -> ModelShape:
+    """The model's shape; raises RLKVError if it can't be sampled from, or so."""
+    shape = check_model(model)
+    if slots < 1 or max_length < 2:
+        raise RLKVError(f"sampler: needs slots >= 1 and max_length >= 2, got {slots} and {max_length}")
+    if prefill not in ("local", "full"):
+        raise RLKVError(f'sampler: prefill must be "local" or "full", got {prefill!r}')
+    check_positions(model, shape.context_length, max_length)
+    return shape
 
 
 def check_positions(model: Any, context: int, max_length: int) -> None:
@@ -75,6 +87,9 @@ def checked_gates(
         )
     if not torch.isfinite(gates).all():
         raise RLKVError("sampler: the gates hold NaN or infinity; load or initialise them again")
+    if ((gates < 0) | (gates > 1)).any():
+        low, high = gates.min().item(), gates.max().item()
+        raise RLKVError(f"sampler: gates must lie in [0, 1], got {low:g} to {high:g}; clamp them")
     if (gates == 1).all():
         return None
     return gates.detach().to(device, torch.float32).reshape(-1, layers, kv_heads)

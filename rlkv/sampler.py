@@ -16,13 +16,12 @@ import torch
 
 from rlkv.attention import NAME
 from rlkv.errors import RLKVError
-from rlkv.requests import Completion, check_positions, checked_gates, checked_prompts, end_ids, evaluating
+from rlkv.requests import Completion, check_settings, checked_gates, checked_prompts, end_ids, evaluating
 from rlkv.sampling import SamplingParams, choose
 from rlkv.schedule import Pace, Schedule
 from rlkv.slot_state import SlotState
 from rlkv.slots import Prefill, SlotCache, Span
-from rlkv.step_graphs import StepGraphs
-from rlkv.support import check_model
+from rlkv.step_graphs import StepGraphs, takes_graphs
 from rlkv.window import Window
 
 __all__ = ["Completion", "Sampler", "SamplingParams"]
@@ -58,21 +57,14 @@ class Sampler:
         prefill: Prefill = "local",
         cuda_graphs: bool | None = None,
     ) -> None:
-        shape = check_model(model)
+        shape = check_settings(model, slots, max_length, prefill)
         weight = next(model.parameters())
-        if slots < 1 or max_length < 2:
-            raise RLKVError(f"sampler: needs slots >= 1 and max_length >= 2, got {slots} and {max_length}")
-        if prefill not in ("local", "full"):
-            raise RLKVError(f'sampler: prefill must be "local" or "full", got {prefill!r}')
-        if cuda_graphs and not weight.is_cuda:
-            raise RLKVError(f"sampler: cuda_graphs=True needs a model on CUDA, it is on {weight.device}")
-        check_positions(model, shape.context_length, max_length)
         model.set_attn_implementation(NAME)
         self.model, self.slots, self.max_length = model, slots, max_length
         self.tokens_per_second = 0.0  # of the last call of generate
         self._heads = (shape.layers, shape.kv_heads)
         self._device = weight.device
-        self._graphs = StepGraphs(model) if weight.is_cuda and cuda_graphs is not False else None
+        self._graphs = StepGraphs(model) if takes_graphs(cuda_graphs, weight.device) else None
         self._pace = Pace.on_cuda(slots, self._graphs is not None) if weight.is_cuda else Pace.on_cpu()
         self._stops: dict[tuple[int, ...], torch.Tensor] = {}
         self._state = SlotState(slots, max_length, *self._heads, self._device)

@@ -7,6 +7,21 @@ from typing import Any
 
 import torch
 
+from rlkv.errors import RLKVError
+
+
+def takes_graphs(asked: bool | None, device: torch.device, kernels: bool = True) -> bool:
+    """Whether a decode step on ``device`` is captured; ``asked`` None: wherever it can be.
+
+    ``kernels``: whether the step attends by kernels; plain PyTorch's decoder waits for the device.
+    Raises RLKVError where graphs are asked for and impossible.
+    """
+    if asked and device.type != "cuda":
+        raise RLKVError(f"sampler: cuda_graphs=True needs a model on CUDA, it is on {device}")
+    if asked and not kernels:
+        raise RLKVError("sampler: cuda_graphs=True needs the Triton kernels, which can't take this sampler")
+    return asked is not False and device.type == "cuda" and kernels
+
 
 class StepGraphs:
     """Runs a step the first time, captures it the second time, replays it from then on.
@@ -19,14 +34,16 @@ class StepGraphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._seen: set[Hashable] = set()
         self._pool: Any = None
-        self._places: tuple[int, ...] = ()
+        self._made_for: tuple[Any, ...] = ()
 
     def refresh(self, *others: torch.Tensor) -> None:
-        """Forget graphs that read weights, or ``others``, which have since moved elsewhere."""
-        places = tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *others))
-        if places != self._places:
-            self._places = places
+        """Forget graphs of weights, or ``others``, which have since moved, and of what was attached since."""
+        places = [tensor.data_ptr() for tensor in (*self._model.parameters(), *others)]
+        made_for = (*places, *_attached(self._model))
+        if made_for != self._made_for:
+            self._made_for = made_for
             self._graphs.clear()
+            self._seen.clear()
             self._pool = None  # goes with its graphs
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
@@ -40,3 +57,17 @@ class StepGraphs:
                 step()
             self._graphs[key], self._pool = graph, graph.pool()
         self._graphs[key].replay()
+
+
+def _attached(model: torch.nn.Module) -> list[Any]:
+    """What decides a forward besides its weights: the modules' classes, replaced forwards and hooks."""
+    return [
+        part
+        for module in model.modules()
+        for part in (
+            type(module),
+            vars(module).get("forward"),
+            *module._forward_pre_hooks.values(),
+            *module._forward_hooks.values(),
+        )
+    ]

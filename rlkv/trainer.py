@@ -23,6 +23,7 @@ from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.learner import Learner, Sample
 from rlkv.loading import load_model, pick_device, recompute_activations
+from rlkv.logprobs import on_kernels
 from rlkv.mask_learner import MaskLearner
 from rlkv.metrics import Metrics, Progress
 from rlkv.penalty import Penalty, gate_sparsity
@@ -121,7 +122,7 @@ class Trainer:
         save_config(self.config, self.folder / "config.yaml")
         metrics = Metrics(self.folder, self.done, self.metrics_bytes, self.config.tensorboard)
         progress = Progress(self.steps, self.done)
-        for line in remarks(config=self.config, shape=self.shape, steps=self.steps, done=self.done):
+        for line in remarks(self.config, self.shape, self.steps, self.done, on_kernels(self.model)):
             progress.say(line)
         state = self.state(metrics.bytes)
         try:

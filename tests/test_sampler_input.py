@@ -21,6 +21,12 @@ from rlkv.sampler import Sampler
         ([[5]], torch.ones(LAYERS, KV_HEADS + 1), r"shape \[3, 4\]"),
         ([[5], [6]], torch.ones(3, LAYERS, KV_HEADS), r"\[2, 3, 4\]"),
         ([[5]], torch.full((LAYERS, KV_HEADS), torch.nan), "NaN"),
+        (
+            [[5]],
+            torch.linspace(0, 1.75, LAYERS * KV_HEADS).view(LAYERS, KV_HEADS),
+            r"\[0, 1\], got 0 to 1.75",
+        ),
+        ([[5]], torch.full((1, LAYERS, KV_HEADS), -0.5), r"\[0, 1\], got -0.5"),
     ],
 )
 def test_bad_input_is_named(prompts: list[list[int]], gates: torch.Tensor | None, words: str) -> None:

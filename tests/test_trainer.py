@@ -14,8 +14,10 @@ from rlkv.config import load
 from rlkv.errors import RLKVError
 from rlkv.gates import HeadGates
 from rlkv.learner import Learner, Sample
+from rlkv.remarks import remarks
 from rlkv.sampler import Sampler, SamplingParams
 from rlkv.settings import TrainConfig
+from rlkv.support import ModelShape
 from rlkv.trainer import Trainer, train
 from rlkv.validation import Best, Validator
 from rlkv.window import Window
@@ -154,6 +156,26 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "trained with window 1+3 will be deployed with 1+2" in said and "prefill=full" in said
     assert "can hardly bring a gate" in said and "step 1/1  reward" in said
     assert gates.card["deploy_window"] == "1+2"
+
+
+def test_activations_that_nothing_keeps_small_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Llama-8B's 7,680 tokens at once, by transformers' forward: not beside its weights on 80 GB."""
+    shape = ModelShape(layers=32, query_heads=32, kv_heads=8, head_dim=128)
+    for changes, kernels, warned in (
+        ({}, False, True),
+        ({}, True, False),
+        ({"gradient_checkpointing": True}, False, False),
+        ({"estimator": "masks"}, False, False),
+        ({"max_tokens_per_microbatch": 1024}, False, False),
+    ):
+        config = tiny_config(tmp_path, **{"max_tokens_per_microbatch": 7680, **changes})
+        said = " ".join(remarks(config, shape, 1, 0, on_kernels=kernels))
+        assert ("about 56 GiB of activations, of 7680 tokens at once" in said) == warned, changes
+    monkeypatch.setattr("rlkv.remarks.MUCH", 0)
+    train(tiny_config(tmp_path, steps=1), tiny_model(), TinyTokenizer())
+    assert "of activations" in capsys.readouterr().out
 
 
 def test_a_mask_that_lost_what_the_gates_had_is_said(

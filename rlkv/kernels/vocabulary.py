@@ -26,7 +26,8 @@ def _chosen_kernel(logits, tokens, chosen, inverse, width, KEEP: tl.constexpr, B
     for start in range(0, width, BLOCK):
         x = tl.load(here + start + at, mask=start + at < width, other=float("-inf")).to(tl.float32) * inverse
         above = tl.maximum(high, tl.max(x, 0))
-        mass = mass * tl.exp(high - above) + tl.sum(tl.exp(x - above), 0)
+        shift = tl.where(above == float("-inf"), 0.0, above)  # nothing but excluded tokens so far
+        mass = mass * tl.exp(high - shift) + tl.sum(tl.exp(x - shift), 0)
         high = above
     log_mass = high + tl.log(mass)
     token = tl.load(tokens + row)

@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache
 
 from rlkv.attention import Layout
 from rlkv.attention.chunked import causal_attention, local_attention
-from rlkv.errors import RLKVError
 from rlkv.family import use_kernels
 from rlkv.paged.plain import PlainDecoder
 from rlkv.paged.plain import store as plain_store
@@ -27,7 +26,8 @@ class PagedCache(Cache):
 
     Their memory can be given back between rollouts: ``release`` and ``hold``. ``decode`` or ``prompt`` says
     what the next forward is; a forward of transformers then passes through ``update``, one of our own calls
-    ``attend_one``.
+    ``attend_one``. Decoding is plain PyTorch's where the kernels don't run, have no tiles for the head dim,
+    or find no room for one of their blocks in ``max_length`` tokens.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class PagedCache(Cache):
         pages: int,
         page_size: int,
         slots: int,
+        max_length: int,
         window: Window,
         prefill: Prefill,
         dtype: torch.dtype,
@@ -53,13 +54,11 @@ class PagedCache(Cache):
         self._every_head = torch.ones(shape.kv_heads, dtype=torch.bool, device=device)
         self.decoder: Any = PlainDecoder()
         self._store: Any = plain_store
-        if use_kernels(device):
+        if use_kernels(device, shape.head_dim):
             from rlkv.kernels.decode import PagedDecoder
             from rlkv.kernels.decode import store as kernel_store
 
-            # positions and table are made long before the kernel that comes before it
-            self._store = partial(kernel_store, early=True)
-            self.decoder = PagedDecoder(
+            decoder = PagedDecoder(
                 rows=slots * shape.kv_heads,
                 query_heads=shape.query_heads,
                 kv_heads=shape.kv_heads,
@@ -67,8 +66,16 @@ class PagedCache(Cache):
                 device=device,
                 programs=None if device.type == "cuda" else 3,
             )
+            if -(-max_length // page_size) * page_size >= decoder.tuning.block:
+                self.decoder = decoder
+                # positions and table are made long before the kernel that comes before it
+                self._store = partial(kernel_store, early=True)
         self._step: _Step | None = None
         self._prompt: _Prompt | None = None
+
+    @property
+    def on_kernels(self) -> bool:
+        return not isinstance(self.decoder, PlainDecoder)
 
     def hold(self) -> None:
         """Take memory for the pages, unless they have theirs."""
@@ -236,11 +243,3 @@ def _return_unused(device: torch.device) -> None:
     """To the device, in whole: PyTorch would hand out parts of a large block, which then no longer fits."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def pages_in(memory: int, shape: ModelShape, page_size: int, dtype: torch.dtype) -> int:
-    """Pages (of keys and values) that ``memory`` bytes hold. Raises RLKVError for none."""
-    page = 2 * page_size * shape.head_dim * dtype.itemsize
-    if memory < 2 * page:
-        raise RLKVError(f"sampler: kv_bytes={memory} hold no page; one takes {page} bytes")
-    return memory // page

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from rlkv.errors import RLKVError
+from rlkv.support import ModelShape
 
 TRASH = 0  # nobody's page: what is to be stored nowhere goes there
 
@@ -23,6 +25,12 @@ class PagePool:
     @property
     def used(self) -> int:
         return len(self._stack) - self.free
+
+    def clear(self) -> None:
+        """Every page is free again, whoever held it."""
+        self.owners[:] = 0
+        self.free = len(self._stack)
+        self._stack[:] = np.arange(self.free, 0, -1, dtype=np.int32)
 
     def take(self, number: int) -> np.ndarray:
         """``number`` free pages (int32), each with one owner. Raises RLKVError when there are fewer."""
@@ -44,3 +52,11 @@ class PagePool:
         gone = pages[self.owners[pages] == 0]
         self._stack[self.free : self.free + len(gone)] = gone
         self.free += len(gone)
+
+
+def pages_in(memory: int, shape: ModelShape, page_size: int, dtype: torch.dtype) -> int:
+    """Pages (of keys and values) that ``memory`` bytes hold. Raises RLKVError for none."""
+    page = 2 * page_size * shape.head_dim * dtype.itemsize
+    if memory < 2 * page:
+        raise RLKVError(f"sampler: kv_bytes={memory} hold no page; one takes {page} bytes")
+    return memory // page

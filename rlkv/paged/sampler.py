@@ -14,16 +14,15 @@ from rlkv.errors import RLKVError
 from rlkv.family import FamilyForward
 from rlkv.logprobs import check_head
 from rlkv.paged.admission import next_jobs
-from rlkv.paged.cache import PagedCache, pages_in
-from rlkv.paged.pool import PagePool
+from rlkv.paged.cache import PagedCache
+from rlkv.paged.pool import PagePool, pages_in
 from rlkv.paged.prefill import prefill
 from rlkv.paged.state import Job, Live, PagedState, Run, make_jobs
 from rlkv.paged.tables import PageTables
-from rlkv.requests import Completion, check_positions, checked_gates, checked_prompts, end_ids, evaluating
+from rlkv.requests import Completion, check_settings, checked_gates, checked_prompts, end_ids, evaluating
 from rlkv.sampling import SamplingParams, choose
 from rlkv.slots import Prefill
-from rlkv.step_graphs import StepGraphs
-from rlkv.support import check_model
+from rlkv.step_graphs import StepGraphs, takes_graphs
 from rlkv.window import Window
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows of a captured step
@@ -57,23 +56,15 @@ class PagedSampler:
         join_weights: bool | None = None,
         release: bool = False,
     ) -> None:
-        shape = check_model(model)
+        shape = check_settings(model, slots, max_length, prefill)
         weight = next(model.parameters())
-        if slots < 1 or max_length < 2:
-            raise RLKVError(f"sampler: needs slots >= 1 and max_length >= 2, got {slots} and {max_length}")
-        if prefill not in ("local", "full"):
-            raise RLKVError(f'sampler: prefill must be "local" or "full", got {prefill!r}')
-        if cuda_graphs and not weight.is_cuda:
-            raise RLKVError(f"sampler: cuda_graphs=True needs a model on CUDA, it is on {weight.device}")
         if page_size < 16 or page_size & (page_size - 1):
             raise RLKVError(f"sampler: page_size must be a power of two from 16 on, got {page_size}")
-        check_positions(model, shape.context_length, max_length)
         model.set_attn_implementation(NAME)
         self.model, self.slots, self.max_length = model, slots, max_length
         self.tokens_per_second = 0.0  # of the last call of generate
         self.preemptions = 0  # of the last call of generate
         self._shape, self._device = shape, weight.device
-        self._graphs = StepGraphs(model) if weight.is_cuda and cuda_graphs is not False else None
         # a look at which requests have finished waits for the device; a prompt pass is many launches
         self._every, self._refill = (8, max(1, slots // 16)) if weight.is_cuda else (1, 1)
         self._prompt_tokens = 16384 if weight.is_cuda else 2048
@@ -100,16 +91,17 @@ class PagedSampler:
             pages=pages,
             page_size=page_size,
             slots=slots,
+            max_length=max_length,
             window=window,
             prefill=prefill,
             dtype=weight.dtype,
             device=self._device,
         )
+        graphs = takes_graphs(cuda_graphs, self._device, self._cache.on_kernels)
+        self._graphs = StepGraphs(model) if graphs else None
+        self._fits: bool | None = None
         self._family: FamilyForward | None = None
-        if FamilyForward.fits(model):
-            self._family = FamilyForward(model, weight.is_cuda if join_weights is None else join_weights)
-        else:
-            check_head(model)
+        self._pick_forward(weight.is_cuda if join_weights is None else join_weights)
 
     @property
     def window(self) -> Window:
@@ -142,13 +134,12 @@ class PagedSampler:
                             done[completion.index] = completion
                             if on_finish is not None:
                                 on_finish(completion)
+        except BaseException:
+            self._tables.clear()  # the device's part waits for the next call: it might fail too
+            raise
         finally:
-            self._tables.forget()  # nothing, unless something failed
-            try:
-                self._vacate(run, list(run.live))
-            finally:
-                if self._release:
-                    self._cache.release()
+            if self._release:
+                self._cache.release()
         generated = sum(len(completion.tokens) for completion in done.values())
         self.tokens_per_second = generated / max(time.perf_counter() - began, 1e-9)
         return [done[index] for index in range(run.jobs)]
@@ -171,6 +162,8 @@ class PagedSampler:
                     f"prompt {job.index} with {job.limit} new tokens, which is {need} pages; give more "
                     "kv_bytes or fewer max_new_tokens"
                 )
+        self._pick_forward()
+        self._state.clear()
         self.preemptions, self.pool.most_used = 0, self.pool.used
         return Run(
             jobs=len(checked),
@@ -181,6 +174,14 @@ class PagedSampler:
             stop=self._stops.setdefault(ids, self._tensor(ids)),  # one tensor for good: graphs read it
             waiting=waiting,
         )
+
+    def _pick_forward(self, join: bool = False) -> None:
+        """The family's forward, unless by now something is attached to the model: then its own."""
+        fits = FamilyForward.fits(self.model)
+        if fits != self._fits:
+            self._fits, self._family = fits, FamilyForward(self.model, join) if fits else None
+            if not fits:
+                check_head(self.model)
 
     def _hold(self) -> None:
         """Take the pages' memory; graphs of steps on another place are dropped."""
@@ -203,8 +204,8 @@ class PagedSampler:
         for job in jobs:
             run.waiting.popleft()
             slot = slots[job.index]
-            run.live[slot] = Live(job, len(job.tokens))
             self._tables.open(slot, job.rows)
+            run.live[slot] = Live(job, len(job.tokens))
             leader = leaders.setdefault(job.same, job)
             if leader is job:
                 self._tables.grow(slot, len(job.tokens))

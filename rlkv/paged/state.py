@@ -20,7 +20,7 @@ class PagedState(SlotState):
     def __init__(self, slots: int, max_length: int, layers: int, kv_heads: int, device: torch.device) -> None:
         super().__init__(slots, max_length, layers, kv_heads, device)
         self.full = torch.ones(slots, layers, kv_heads, dtype=torch.bool, device=device)
-        self.position.fill_(-1)
+        self.clear()
 
     def begin(
         self, slots: torch.Tensor, token: torch.Tensor, logprob: torch.Tensor, stop: torch.Tensor
@@ -32,6 +32,11 @@ class PagedState(SlotState):
         self.position[slots] += 1
         self.count[slots] = count + 1
         self.active[slots] = (count + 1 < self.limit[slots]) & (token[:, None] != stop).all(-1)
+
+    def clear(self) -> None:
+        """No slot has a request."""
+        self.active.fill_(False)
+        self.position.fill_(-1)
 
     def leave(self, slots: torch.Tensor) -> None:
         """``slots`` (int64 [n]) have no request any more."""

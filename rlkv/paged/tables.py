@@ -134,10 +134,12 @@ class PageTables:
         for old, new in moves:
             self.held[new] = self.held.pop(old)
 
-    def forget(self) -> None:
-        """Drop what has not been flushed, after an error."""
+    def clear(self) -> None:
+        """Nobody holds anything, whatever an error left half done; nothing is left to flush."""
+        self.held.clear()
         self._places.clear()
         self._values.clear()
+        self.pool.clear()
 
     def flush(self) -> None:
         """Bring the device's table up to date."""

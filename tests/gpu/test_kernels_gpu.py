@@ -64,6 +64,58 @@ def test_decode_of_fp8_pages() -> None:
     assert error(found, wanted) < 4e-3
 
 
+def test_what_is_stored_in_fp8_is_attended_to_as_it_was_rounded() -> None:
+    from rlkv.kernels.decode import PagedDecoder, store
+
+    window, dim, count = Window(16, 64), 128, 300
+    mask, scales = torch.tensor([True, False]), torch.tensor([[0.5, 0.03125], [0.25, 2.0]])
+    held = torch.tensor([[count, window.size], [77, 77]])
+    paged = make_paged(held, dim, 64, torch.float8_e4m3fn)
+    states = torch.randn(2, count, 2, 2, dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pools = (paged.keys, paged.values, paged.table)
+    for position in range(count):
+        key, value = states[:, position].cuda()
+        positions = torch.tensor([position, position if position < 77 else -1], device="cuda")
+        store(key, value, *pools, positions, mask.cuda(), window, scales.cuda())
+    for request, length in enumerate((count, 77)):
+        for head in range(2):
+            at = torch.arange(length)
+            seen = at >= 0 if mask[head] else window.sees(at[-1], at)
+            scale = scales[:, head, None, None].double()
+            rounded = (states[:, :length, request, head].double() / scale).to(torch.float8_e4m3fn).double()
+            key, value = (rounded * scale)[:, seen]
+            paged.rows[request][head] = (key, value)
+    query = torch.randn(2, 8, dim).bfloat16().cuda()
+    decoder = PagedDecoder(rows=4, query_heads=8, kv_heads=2, head_dim=dim, device="cuda")
+    found = decoder.attend(query, *pools, decoder.plan(paged.counts[None]), 0, dim**-0.5, scales.cuda())
+    assert error(found, attention(query, paged, dim**-0.5, None, None)) < 4e-3
+
+
+@pytest.mark.parametrize("window", [Window(4, 16), Window(0, 33)])
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_paged_samplers_logprobs_are_the_trainers(window: Window, hard: bool) -> None:
+    """In bf16, to rounding: a window one token longer would be 0.16 and more away on average."""
+    from test_sampler_gpu import KV_HEADS, LAYERS, make, make_prompts
+
+    from rlkv.attention import Mixed
+    from rlkv.logprobs import on_kernels, response_logprobs
+    from rlkv.paged import PagedSampler
+    from rlkv.sampler import SamplingParams
+
+    model, prompts = make(torch.bfloat16), make_prompts(16)
+    gates = torch.rand(LAYERS, KV_HEADS, generator=torch.Generator().manual_seed(1))
+    gates = gates.round() if hard else gates
+    sampler = PagedSampler(model, window, slots=8, max_length=300)
+    assert sampler._cache.on_kernels and on_kernels(model)
+    params = SamplingParams(max_new_tokens=60, temperature=0.9, seed=5)
+    completions = sampler.generate(prompts, params, gates)
+    rows = [(prompt, done.tokens) for prompt, done in zip(prompts, completions, strict=True)]
+    with torch.no_grad():
+        wanted = response_logprobs(model, rows, 0.9, Mixed(gates.cuda(), window)).cpu()
+    gap = (torch.tensor([logprob for done in completions for logprob in done.logprobs]) - wanted).abs()
+    assert gap.mean() < 0.05 and gap.max() < 0.5
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_a_captured_step_stays_right_while_lengths_grow(early: bool) -> None:
     """Three layers, as the sampler runs them: a plan, then in each a new token stored and attended to.
