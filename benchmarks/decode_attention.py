@@ -6,10 +6,11 @@ Every layer runs with its own heads of the mask; times are sums over the layers,
 CUDA graph. Nothing that is read is in the L2 cache: pages are drawn from a large pool, and a graph holds as
 many steps, each with pages of its own, as read four times the cache's size. GB/s counts the keys and values
 that must be read; "% copy" is that over a device copy's bandwidth (bytes read and written), measured in the
-same run. "full" is our kernel with every head full, "two" is our kernel launched for full and local heads
-apart (with queries gathered for free), "stored" has each layer's new token stored before, as in the sampler,
-"soft" has gates between 0 and 1 and no mask. PyTorch's attention reads contiguous full caches. About 60 s;
---flex adds FlexAttention, which is compiled for every shape.
+same run; "% reading" is over a kernel that only reads as many bytes (reading.py). "full" is our kernel with
+every head full, "two" is our kernel launched for full and local heads apart, with queries gathered for free
+and launches overlapping too, "two late" the same with ordinary launches. "stored" has each layer's new token
+stored before, as in the sampler, "soft" has gates between 0 and 1 and no mask. PyTorch's attention reads
+contiguous full caches. About 80 s; --flex adds FlexAttention, which is compiled for every shape.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from gpu_timing import (
     time_graph,
     write_json,
 )
+from reading import reading_seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -93,15 +96,20 @@ class Case:
         """Keys and values that one step reads."""
         return int(self.counts.long().sum()) * DIM * 4
 
-    def decoder(self, kv_heads: int) -> PagedDecoder:
+    def decoder(self, kv_heads: int, early: bool = True) -> PagedDecoder:
         return PagedDecoder(
             rows=len(self.query) * kv_heads,
             query_heads=kv_heads * self.groups,
             kv_heads=kv_heads,
             head_dim=DIM,
             device=self.query.device,
-            tuning=self.tuning,
+            tuning=replace(self.tuning, early=self.tuning.early and early),
         )
+
+    def seconds_of_reading(self) -> float:
+        """A launch a layer that only reads as many bytes."""
+        sizes = [int(held.long().sum()) * DIM * 4 for held in self.counts]
+        return reading_seconds(self.pool.keys, sizes, self.steps)
 
     def seconds(
         self, gates: torch.Tensor | None = None, window: Window | None = None, stored: bool = False
@@ -126,15 +134,15 @@ class Case:
 
         return time_graph(steps) / self.steps
 
-    def seconds_in_two(self) -> float:
-        """All layers, full and local heads apart."""
+    def seconds_in_two(self, early: bool = True) -> float:
+        """All layers, full and local heads apart; ``early``: launches overlap."""
         launches: list[tuple[Any, ...]] = []
         queries = self.query.unflatten(1, (-1, self.groups))
         for tables in self.tables:
             for layer, full in enumerate(self.full):
                 for heads in (full.nonzero()[:, 0], (~full).nonzero()[:, 0]):
                     if len(heads):
-                        decoder = self.decoder(len(heads))
+                        decoder = self.decoder(len(heads), early)
                         plan = decoder.plan(self.counts[layer : layer + 1, :, heads])
                         query, table = queries[:, heads].flatten(1, 2), tables[layer][:, heads]
                         launches.append((decoder, query.contiguous(), table.contiguous(), plan, 0))
@@ -245,9 +253,13 @@ def measure(
     if args.quick:
         return row
     row["stored_us"] = ours.seconds(stored=True) * 1e6
+    row["reading_us"] = ours.seconds_of_reading() * 1e6
+    row["% reading"] = 100 * row["reading_us"] / row["ours_us"]
     row["two/ours"] = ours.seconds_in_two() / seconds
+    row["two late/ours"] = ours.seconds_in_two(early=False) / seconds
     whole = Case(pool, lengths, torch.ones_like(full), window, groups, tuning)
     row["full_us"] = whole.seconds() * 1e6
+    row["full reading_us"] = whole.seconds_of_reading() * 1e6
     row["full % copy"] = 100 * whole.bytes / row["full_us"] * 1e6 / copy
     row["time/full"] = seconds * 1e6 / row["full_us"]
     row["bytes/full"] = ours.bytes / whole.bytes

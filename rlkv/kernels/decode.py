@@ -56,7 +56,7 @@ class Tuning:
     """Keys a block, programs a multiprocessor, fewest blocks a program, Triton's, parts merged at once.
 
     ``early``: begin while the kernel before ends (programmatic dependent launch), where the GPU can: look up
-    what is to be read, and call the first ``ahead`` (1, 2, 4..) blocks of each program to the L2 cache. The
+    what is to be read, and call the first ``ahead`` (1, 2, 3..) blocks of each program to the L2 cache. The
     first attention after a plan does not; tables must not change between a plan's first and last attention.
     ``programs_per_sm`` should be as many as fit, or early programs of one launch crowd some multiprocessors.
     """

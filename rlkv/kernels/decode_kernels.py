@@ -77,23 +77,28 @@ def _prefetch(
     keys, values, pages, block, count,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Ask for some blocks of a row to come to the L2 cache, where a later store still reaches them."""
+    """Ask for some blocks of a row to come to the L2 cache, where a later store still reaches them.
+
+    A thread asks for a page, or a block's part of it, by one instruction (Hopper).
+    """
     BYTES: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = (DIM * BYTES + 127) // 128
-    at = tl.arange(0, BLOCKS * BLOCK * LINES)
-    position = tl.minimum(block * BLOCK + at // LINES, tl.maximum(count - 1, 0))
-    page = tl.load(pages + position // PAGE)
-    place = (page.to(tl.int64) * PAGE + position % PAGE) * DIM + at % LINES * (128 // BYTES)
-    for half in tl.static_range(0, 2):
-        line = keys + place if half == 0 else values + place
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [line.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    RUN: tl.constexpr = min(PAGE, BLOCK)  # tokens that lie together
+    RUNS: tl.constexpr = BLOCKS * BLOCK // RUN
+    at = tl.arange(0, max(2 * RUNS, 128))  # one a thread at least, or threads would ask again
+    position = block * BLOCK + at // 2 * RUN
+    tokens = tl.where(at < 2 * RUNS, tl.minimum(count - position, RUN), 0)
+    page = tl.load(pages + position // PAGE, mask=tokens > 0, other=0)
+    place = (page.to(tl.int64) * PAGE + position % PAGE) * DIM
+    run = tl.where(at % 2 == 0, (keys + place).to(tl.int64), (values + place).to(tl.int64))
+    tl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
+        " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [run, tokens * (DIM * BYTES)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(
