@@ -11,14 +11,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 CHUNK = 8192  # elements that a program reads at once
 
 
-@triton.jit
-def read_kernel(source, sums, chunks, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["begin", "chunks", "there"])
+def read_kernel(source, sums, begin, chunks, there, CHUNK: tl.constexpr):
     gdc_launch_dependents()
     at = tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
     gdc_wait()
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        total += tl.load(source + chunk.to(tl.int64) * CHUNK + at).to(tl.float32)
+        total += tl.load(source + ((begin + chunk) % there).to(tl.int64) * CHUNK + at).to(tl.float32)
     tl.store(sums + tl.program_id(0), tl.sum(total, 0))
 
 
@@ -30,14 +30,15 @@ def reading_seconds(source: torch.Tensor, sizes: list[int], steps: int) -> float
     programs = 8 * torch.cuda.get_device_properties(source.device).multi_processor_count
     sums = torch.empty(programs, device=source.device)
     flat = source.flatten()
+    there = len(flat) // CHUNK
     chunks = [-(-size // (CHUNK * flat.element_size())) for size in sizes]
 
     def work() -> None:
         begin = 0
         for count in chunks * steps:
-            if begin + count * CHUNK > len(flat):
-                begin = 0
-            read_kernel[(programs,)](flat[begin:], sums, count, CHUNK=CHUNK, num_warps=4, launch_pdl=True)
-            begin += count * CHUNK
+            read_kernel[(programs,)](
+                flat, sums, begin, count, there, CHUNK=CHUNK, num_warps=4, launch_pdl=True
+            )
+            begin = (begin + count) % there
 
     return time_graph(work) / steps
