@@ -9,11 +9,11 @@ while the others wait, and with half of the heads local all of them write at onc
 the pages nearly full in both. Everything is in the time: prompts, requests that must give their pages back
 and are processed again, refills. Graphs and kernels are made before, once, as a server's are.
 
-Expected on an H100, from bytes at 3.02 TB/s and the fitted decode steps of docs/results/rl_step: a step reads
-15 GB of weights and up to 16 GB of keys and values, 11 ms in both arms; 4,096 steps of 22 rows on average
-take 44 s, 2,048 of 44 take 23 s; prompts (138,000 tokens at about 25,000 a second, and a third more where
-requests come back) 7 and 6 s. Together 80 s, and 15 to prepare. The gain of the decode steps is bounded by
-bytes (1.95), that of the whole by the prompts' share of the time as well (about 1.8).
+On an H100 (docs/results/rl_step): a step reads 15 GB of weights and up to 16 GB of keys and values, 10.5 and
+10.7 ms; 4,096 steps of 22 rows on average take 43 s, 2,048 of 44 take 22 s; prompts (138,000 tokens, and
+those that come back) 6.6 and 5.0 s. Together 77 s, about 2 min with the check, the model and the preparation.
+The gain of the decode steps is bounded by bytes (1.98 with the weights), that of the whole by the prompts'
+share of the time as well: 1.84.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ milliseconds. "full" columns are plain causal attention; "x full" is our time ov
 cuDNN's full attention plus local attention by PyTorch's fused kernel in query blocks, mixed afterwards.
 "limit" is the time of causal attention's floating-point operations (mixed attention needs no more) at the
 rate of a large bf16 matrix product, measured in the same run; TFLOP/s counts the same operations. Parts are
-timed alone: the far keys by cuDNN, then our kernels. About 40 s; --flex compiles FlexAttention too (a minute
-more).
+timed alone: the far keys by cuDNN, then our kernels. About 40 s; --flex compiles FlexAttention too (2 min in
+all).
 
 In training every head is mixed until its gate reaches exactly 0; then its far keys are left out of the
 backward pass. "half closed" has half of the gates at 0, "x open" is its time over that of none. The values of

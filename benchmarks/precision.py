@@ -7,7 +7,7 @@ log-probability, and of the policy loss, with respect to the gates: by the train
 by transformers' forward with the same attention kernel, and by transformers' forward with PyTorch's fused or
 eager attention in bf16.
 (2) Log-probabilities of sampled answers: the paged sampler's own, the trainer's, and transformers' (sdpa and
-eager). The same for the pocket reasoner, a trained model. About 40 s, 60 GiB.
+eager). The same for the pocket reasoner, a trained model. About 60 s, 60 GiB.
 """
 
 from __future__ import annotations
