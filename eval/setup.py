@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rlkv_eval", "rlkv_eval.*"]),
     entry_points={
-        "console_scripts": ["rlkv-eval=rlkv_eval.cli:main", "rlkv-lm-eval=rlkv_eval.lm_eval_adapter:main"]
+        "console_scripts": ["rlkv-eval=rlkv_eval.cli:main", "rlkv-lm-eval=rlkv_eval.lm_eval_cli:main"]
     },
     install_requires=["rlkv", "datasets>=3.6"],
     extras_require={"lm-eval": ["lm-eval[hf]>=0.4.13"]},

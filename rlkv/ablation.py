@@ -30,21 +30,28 @@ if TYPE_CHECKING:
 TOKENS_A_FORWARD = 8192
 
 
-def ablate(bench: Bench, folder: Path) -> HeadGates:
+def ablate(bench: Bench, folder: Path, used: bool = False) -> HeadGates:
     """Scores of all heads by rank, in [0, 1]: 1 for the head whose loss hurts most. Saved in ``folder``.
 
     Heads are ranked by the accuracy lost on development problems with that head alone local; equal losses
     (most, near the top) by the log-probability lost on the full cache's own right answers. Work in ``folder``
     is used again; RLKVError if it was done on other problems or with other settings.
+    ``used``: masks of these scores are answered, so that no others will do.
     """
+    table = folder / "gates.tsv"
+    if used and not table.is_file():
+        raise RLKVError(
+            f"{table}: no such head scores, but their masks have answers in {folder.parent / 'rows.jsonl'}: "
+            "put them back, or choose another output"
+        )
     config = bench.config
     if bench.source(config.ablation_data, config.ablation_split) == bench.source(config.data, config.split):
         raise RLKVError(
             "ablation must score heads on other problems than those reported: give ablation_data=…"
         )
     prompts = bench.problems(config.ablation_data, config.ablation_split, config.ablation_problems)
-    record(depends(bench, prompts), folder)
-    if (folder / "gates.tsv").is_file():
+    record(depends(bench, prompts), folder, used)
+    if table.is_file():
         return HeadGates.load(folder, model=bench.model)
     return score_heads(bench, bench.sampler(prompts), prompts, folder)
 
@@ -65,9 +72,10 @@ def depends(bench: Bench, prompts: Encoded) -> dict[str, Any]:
     }
 
 
-def record(settings: dict[str, Any], folder: Path) -> None:
+def record(settings: dict[str, Any], folder: Path, used: bool) -> None:
     """Write ``settings`` into ``folder``; RLKVError if what is scored there was scored with others."""
-    path, advice = folder / "settings.yaml", f"choose another output, or delete {folder}"
+    path = folder / "settings.yaml"
+    advice = "choose another output" + ("" if used else f", or delete {folder}")
     if (folder / "gates.tsv").is_file() or read_rows(folder / "rows.jsonl"):
         if not path.is_file():
             raise RLKVError(f"{folder} holds head scores without {path.name}, of unknown settings: {advice}")

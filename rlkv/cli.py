@@ -15,13 +15,15 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from rlkv.commands import COMMANDS
 from rlkv.errors import RLKVError
 
+T = TypeVar("T")
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 
 
@@ -39,11 +41,22 @@ RLKV = Program("rlkv", "rlkv.commands", COMMANDS)
 
 def main(arguments: Sequence[str] | None = None, program: Program = RLKV) -> int:
     """Run one command; returns its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: dispatch(words, program))
+
+
+def script(usage: str, summary: str, config: type[T], run: Callable[[T], None]) -> int:
+    """A script of one command, called as ``usage`` says: its help and its errors are those of ``rlkv``."""
+    command = SimpleNamespace(Config=config, POSITIONAL="", run=run)
+    return guarded(lambda: run_command(sys.argv[1:], usage, summary, command))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit status of ``work``; a mistake of the user ends with one sentence."""
     # Threads that spin at barriers stall each other when others use the cores too; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return dispatch(words, program)
+        return work()
     except RLKVError as error:
         complain(f"error: {error}", colour=31)
         return 2
@@ -70,12 +83,17 @@ def dispatch(words: list[str], program: Program) -> int:
 
         raise RLKVError(unknown_key(name, list(program.commands)).replace("setting", "command"))
     command = importlib.import_module(f"{program.package}.{name.replace('-', '_')}")
-    if any(word in ("-h", "--help") for word in words[1:]):
-        print(command_help(program, name, command))
+    return run_command(words[1:], f"{program.name} {name}", program.commands[name], command)
+
+
+def run_command(words: list[str], usage: str, summary: str, command: Any) -> int:
+    """Run a command (see rlkv/commands) with its words, or print its help if they ask for it."""
+    if any(word in ("-h", "--help") for word in words):
+        print(command_help(usage, summary, command))
         return 0
     from rlkv.config import load
 
-    path, overrides = read_words(words[1:], command.POSITIONAL)
+    path, overrides = read_words(words, command.POSITIONAL)
     return command.run(load(command.Config, path, overrides)) or 0
 
 
@@ -114,15 +132,15 @@ def overview(program: Program) -> str:
     return "\n".join([head, *lines, "", f"{program.name} COMMAND --help lists every setting of a command."])
 
 
-def command_help(program: Program, name: str, command: Any) -> str:
-    """``rlkv NAME --help``: every setting with its type, default and meaning."""
+def command_help(usage: str, summary: str, command: Any) -> str:
+    """A command's help: every setting with its type, default and meaning."""
     from rlkv.settings_help import settings
 
     subject = f" [{command.POSITIONAL.upper()}]" if command.POSITIONAL else ""
     lines = [
-        f"usage: {program.name} {name} [CONFIG.yaml]{subject} [key=value ...]",
+        f"usage: {usage} [CONFIG.yaml]{subject} [key=value ...]",
         "",
-        f"{program.name} {name}: {program.commands[name]}",
+        f"{usage}: {summary}",
     ]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     rows = settings(command.Config)

@@ -34,17 +34,13 @@ class Finding(NamedTuple):
 # feature, the components it needs
 FEATURES: dict[str, tuple[str, ...]] = {
     "train, eval and generate on the pocket model": ("python", "torch", "transformers", "pocket weights"),
-    "train and eval on a model of billions of weights (local folder)": (
-        "python",
-        "torch",
-        "transformers",
-        "GPU",
-    ),
+    "train and eval on a large model (local folder)": ("python", "torch", "transformers", "GPU"),
     "Triton kernels, for sampling and training on a GPU": ("torch", "GPU kernels", "triton"),
     "rlkv serve, on SGLang": ("torch", "GPU kernels", "triton", "sglang", "SGLang plugin"),
     "models and prompts from the hub": ("hub", "datasets"),
     "math rewards": ("math-verify",),
     "benchmarks, baselines and the paper's tables": ("rlkv-eval", "datasets", "math-verify"),
+    "tasks of lm-evaluation-harness (rlkv-lm-eval)": ("rlkv-eval", "lm_eval"),
     "pictures": ("matplotlib",),
     "training curves in TensorBoard": ("tensorboard",),
 }
@@ -134,7 +130,7 @@ def check_kernels() -> Finding:
         )
     least = ".".join(map(str, CAPABILITY))
     if found is None:
-        advice = f"nothing, they only make it faster; else a GPU of compute capability {least} or above"
+        advice = f"optional, for speed: a GPU of compute capability {least} or above"
         return Finding("GPU kernels", "missing", "no CUDA device", advice)
     detail = f"compute capability {found[0]}.{found[1]}"
     if found < CAPABILITY:
@@ -165,9 +161,8 @@ def check_hub() -> Finding:
         pass  # it answered
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return Finding(
-            "hub", "missing", f"{address} does not answer ({reason})", "use local folders and JSONL files"
-        )
+        advice = "use local folders and JSONL files; HF_HUB_OFFLINE=1 skips its retries"
+        return Finding("hub", "missing", f"{address} does not answer ({reason})", advice)
     return Finding("hub", "ok", address)
 
 
@@ -246,9 +241,9 @@ CHECKS: list[Callable[[], Finding]] = [
     check_hub,
     check_disk,
     check_pocket,
-    package("rlkv-eval", "pip install -e eval, in the repository", module="rlkv_eval"),
+    package("rlkv-eval", "pip install -e '.[eval]' -e eval, in the repository", module="rlkv_eval"),
+    package("lm_eval", "pip install 'lm_eval[hf]>=0.4.13'", optional=True),
     package("sglang", "pip install sglang==0.5.17, in an environment of its own", optional=True),
     check_plugin,
-    package("areal", "pip install areal, in an environment of its own", optional=True),
-    package("vllm", "pip install vllm, in an environment of its own", optional=True),
+    package("vllm", "only a server for endpoint=: pip install vllm in its own environment", optional=True),
 ]

@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlkv.answers import answer_masks, read_rows
 from rlkv.bench import Bench, EvalConfig
 from rlkv.config import check_same, plain, read_yaml
@@ -40,8 +42,10 @@ def evaluate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> di
     out = Path(config.output)
     answered = {mask for mask, _ in read_rows(out / "rows.jsonl")}
     check_same_run(bench, out, bool(answered))
+    if bench.gates is not None:
+        check_same_scores(bench, "rlkv", bench.gates.values, out, answered)
     prompts = bench.problems(config.data, config.split, config.n)
-    entries = make_masks(bench, out)
+    entries = make_masks(bench, out, answered)
     masks = {entry.name: entry.mask for entry in entries}
     check_same_masks(masks, out / "masks", answered)
 
@@ -78,8 +82,8 @@ def evaluate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> di
     return results
 
 
-def make_masks(bench: Bench, out: Path) -> list[Entry]:
-    """The full cache, then each method's masks at each sparsity."""
+def make_masks(bench: Bench, out: Path, answered: Collection[str]) -> list[Entry]:
+    """The full cache, then each method's masks at each sparsity; ``answered`` have answers in ``out``."""
     config, shape = bench.config, bench.shape
     entries = [Entry("full", 0.0, "full", HeadMask.random(shape.layers, shape.kv_heads, 0.0, **made(bench)))]
     scores = {}
@@ -88,7 +92,9 @@ def make_masks(bench: Bench, out: Path) -> list[Entry]:
     if "ablation" in config.methods:
         from rlkv.ablation import ablate
 
-        scores["ablation"] = ablate(bench, out / "ablation").values
+        used = any(name.startswith("ablation-") for name in answered)
+        scores["ablation"] = ablate(bench, out / "ablation", used).values
+        check_same_scores(bench, "ablation", scores["ablation"], out, answered)
     for sparsity in sorted(set(config.sparsities)):
         for method in dict.fromkeys(config.methods):
             name = f"{method}-{sparsity:g}"
@@ -128,15 +134,43 @@ def check_same_run(bench: Bench, out: Path, answered: bool) -> None:
     check_same(old, now, f"{out} holds an evaluation")
 
 
+def check_same_scores(
+    bench: Bench, method: str, scores: torch.Tensor, out: Path, answered: Collection[str]
+) -> None:
+    """Raise RLKVError if an answered mask of ``method``, asked for now or not, came from other scores."""
+    config, masks = bench.config, {}
+    for name in sorted(answered):
+        if name.startswith(f"{method}-"):
+            masks[name] = HeadMask.from_scores(
+                scores,
+                answered_mask(out / "masks", name).requested or 0.0,
+                seed=config.seed,
+                rounding=config.rounding,
+                tp=config.tp,
+                window=bench.window,
+            )
+    check_same_masks(masks, out / "masks", answered)
+
+
 def check_same_masks(masks: Mapping[str, HeadMask], folder: Path, answered: Collection[str]) -> None:
     """Raise RLKVError if one of ``masks`` is not the one in ``folder`` whose answers are there."""
     for name, mask in masks.items():
-        path = folder / f"{name}.json"
         if name not in answered:
             continue
-        old = HeadMask.load(path)
+        old = answered_mask(folder, name)
         if not old.full.equal(mask.full) or old.window != mask.window:
             raise RLKVError(
-                f"{path} is another mask than the one to evaluate (other gates?): choose another output, or "
-                f"delete {folder.parent}"
+                f"{folder / name}.json is another mask than these settings make (other gates or head "
+                f"scores?): choose another output, or delete {folder.parent}"
             )
+
+
+def answered_mask(folder: Path, name: str) -> HeadMask:
+    """The mask in ``folder`` that gave the answers of ``name``."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise RLKVError(
+            f"{path}: no such mask file, but its answers are in {folder.parent / 'rows.jsonl'}: put it back, "
+            "or choose another output"
+        )
+    return HeadMask.load(path)

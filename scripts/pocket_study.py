@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from rlkv.answers import Row, read_rows
-from rlkv.config import load
+from rlkv.cli import script
 from rlkv.files import write_atomically
 from rlkv.gates import HeadGates
 from rlkv.mask import HeadMask
@@ -42,15 +42,15 @@ class StudyConfig:
     output: Path = Path("runs/study")  # folder for everything
     gpus: int = 1  # GPUs to use
     jobs_a_gpu: int = 1  # processes that share a GPU
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    targets: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])  # a training run each
+    targets: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])  # target sparsities, a run each
     target_steps: int = 110  # of a run towards a target sparsity
-    sparsities: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625])
+    sparsities: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.625])  # of the masks
     problems: int = 4096  # held-out problems, a quarter of each task
-    random_masks: int = 8
+    random_masks: int = 8  # of each sparsity
     random_problems: int = 1024  # of those, answered under each random mask
     train: list[str] = field(default_factory=list)  # more settings for rlkv train
-    device: str = "cuda"
+    device: str = "cuda"  # of every job
 
 
 @dataclass
@@ -235,4 +235,4 @@ def markdown_margins(found: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    study(load(StudyConfig, None, sys.argv[1:]))
+    sys.exit(script("python scripts/pocket_study.py", __doc__.splitlines()[0], StudyConfig, study))

@@ -176,6 +176,55 @@ def test_an_evaluation_may_take_the_method_in_later(config: EvalConfig, tmp_path
         evaluate(replace(later, ablation_problems=3))
 
 
+@pytest.fixture(scope="module")
+def evaluated(config: EvalConfig, tmp_path_factory: pytest.TempPathFactory) -> EvalConfig:
+    """A finished evaluation; tests copy its folder."""
+    folder = tmp_path_factory.mktemp("evaluated") / "out"
+    made = replace(config, output=str(folder), n=2, sparsities=[1 / 3], ablation_problems=2)
+    evaluate(made)
+    return made
+
+
+def copied(evaluated: EvalConfig, tmp_path: Path) -> EvalConfig:
+    return replace(evaluated, output=str(shutil.copytree(evaluated.output, tmp_path / "copy")))
+
+
+def test_answered_masks_are_kept_when_other_scores_are_asked_for(
+    evaluated: EvalConfig, tmp_path: Path
+) -> None:
+    """Deleting their scores alone would lead to other masks, hours later."""
+    mine = copied(evaluated, tmp_path)
+    with pytest.raises(RLKVError, match="development problems=2 .*, now it is 3 .*: choose another output$"):
+        evaluate(replace(mine, ablation_problems=3))
+    (Path(mine.output) / "rows.jsonl").unlink()
+    with pytest.raises(RLKVError, match="or delete .*ablation$"):
+        evaluate(replace(mine, ablation_problems=3))
+
+
+@pytest.mark.parametrize("problems", [2, 3])
+def test_answered_masks_whose_scores_are_gone_are_refused_before_scoring(
+    evaluated: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problems: int
+) -> None:
+    mine = copied(evaluated, tmp_path)
+    shutil.rmtree(Path(mine.output) / "ablation")
+    monkeypatch.delattr("rlkv.ablation.score_heads")
+    with pytest.raises(RLKVError, match="gates.tsv: no such head scores.*or choose another output$"):
+        evaluate(replace(mine, ablation_problems=problems))
+    assert not (Path(mine.output) / "ablation").exists()
+
+
+def test_answers_of_other_head_scores_are_not_mixed_at_another_sparsity(
+    evaluated: EvalConfig, tmp_path: Path
+) -> None:
+    mine = copied(evaluated, tmp_path)
+    folder = Path(mine.output) / "ablation"
+    gates = HeadGates.load(folder)
+    gates.values = 1 - gates.values
+    gates.save(folder)
+    with pytest.raises(RLKVError, match="ablation-0.333333.json is another mask .*or head scores"):
+        evaluate(replace(mine, sparsities=[2 / 3]))
+
+
 def test_the_reported_problems_are_not_used_to_choose(config: EvalConfig, tmp_path: Path) -> None:
     with pytest.raises(RLKVError, match="other problems than those reported"):
         ablate(Bench(replace(config, ablation_data=config.data)), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlkv.data import PromptSet
 from rlkv.errors import RLKVError
 from rlkv.learner import Learner, Sample
 from rlkv.mask import HeadMask
+from rlkv.rank import format_bytes
 from rlkv.window import Window
 
 torch.set_num_threads(1)
@@ -147,7 +149,18 @@ def test_generate_reports_the_bytes_of_the_cache(
     assert "9 of 9 KV heads local, window 2+6" in printed
     assert "search ab=12;" in printed
     # 9 heads x 8 tokens x (key and value of 8 float32 values)
-    assert "the cache holds 4.5 KiB (measured)" in printed
+    assert "the cache keeps 4.5 KiB for" in printed and "tokens, is 4.5 KiB (measured)" in printed
+
+
+def test_generate_compares_tokens_with_tokens(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Storage in blocks is another number: a short answer's is larger than the full cache by tokens."""
+    words = [word.format(home=home) for word in GENERATE]
+    assert main([*words, "prompt=ab", "sparsity=0"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    held = int(re.search(r"for (\d+) tokens", said)[1])  # type: ignore[index]
+    size = format_bytes(9 * held * 64)
+    assert held < 64 and f"keeps {size} for {held} tokens, 100% of the full cache's {size}; " in said
+    assert said.endswith("in blocks of 64 tokens, is 36 KiB (measured)")
 
 
 def test_help_needs_no_torch_and_lists_every_command() -> None:

@@ -92,6 +92,8 @@ def test_gpu_kernels(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     finding = doctor.check_kernels()
     assert (finding.status, finding.detail) == (status, detail)
+    if capability is None:
+        assert finding.install == "optional, for speed: a GPU of compute capability 8.0 or above"
     features = doctor.runnable([finding])
     assert (features[KERNELS] == features[SERVE] == []) == (status == "ok")
 
@@ -103,6 +105,15 @@ def test_serving_needs_the_engine_and_the_plugin(monkeypatch: pytest.MonkeyPatch
     points.clear()
     assert doctor.check_plugin().status == "missing"
     assert doctor.runnable([doctor.check_plugin()])[SERVE] == ["SGLang plugin"]
+
+
+def test_lm_eval_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    findings = doctor.report()
+    lm_eval = next(finding for finding in findings if finding.component == "lm_eval")
+    assert lm_eval.status == "missing" and "lm_eval[hf]>=0.4.13" in lm_eval.install
+    needs = doctor.runnable(findings)["tasks of lm-evaluation-harness (rlkv-lm-eval)"]
+    assert needs == ["rlkv-eval", "lm_eval"]
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch, server: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_folder import WINDOW, evaluation, save_gates, save_problems
+from tiny_folder import WINDOW, evaluation, save_problems
 
 from rlkv.answers import read_rows
 from rlkv.bench import EvalConfig
@@ -161,15 +161,6 @@ def test_a_folder_of_an_older_version_goes_on(config: EvalConfig, tmp_path: Path
     whole = evaluate(small)
     save(small, tmp_path / "config.yaml")
     assert evaluate(small) == whole
-
-
-def test_rows_of_other_gates_are_not_mixed(config: EvalConfig, tmp_path: Path) -> None:
-    small = replace(config, output=str(tmp_path / "out"), n=2, sparsities=[0.5], methods=["rlkv"])
-    evaluate(small)
-    model = json.loads((Path(config.gates) / "card.json").read_text())["config"]["model"]
-    other = save_gates(tmp_path / "other", Path(model), seed=5)
-    with pytest.raises(RLKVError, match="another mask"):
-        evaluate(replace(small, gates=str(other)))
 
 
 def test_answers_to_problems_that_have_changed_are_not_reported(config: EvalConfig, tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def run(config: Config) -> None:
         )
     local = int((~mask.full).sum())
     print(f"{local} of {mask.full.numel()} KV heads local, window {window}; {text.strip()}\n", flush=True)
-    cache = HeadwiseCache(model.config, replace(mask, window=window), prefill=config.prefill)
+    mask = replace(mask, window=window, model=shape)
+    cache = HeadwiseCache(model.config, mask, prefill=config.prefill)
     torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
     if config.temperature > 0:
@@ -92,12 +93,13 @@ def run(config: Config) -> None:
     )
     written = output.shape[1] - len(tokens)
     held = output.shape[1] - 1  # the last token's keys are never made
-    full = shape.layers * shape.kv_heads * shape.bytes_per_token * held
+    kept, full = mask.kv_bytes(held), mask.full_bytes(held)
     if answer is not None:
         print(f"\nthe right answer: {answer}")
     print(
-        f"\n{written} tokens; the cache holds {format_bytes(cache.nbytes())} (measured) "
-        f"for {held} tokens, {cache.nbytes() / full:.0%} of the full cache's {format_bytes(full)}"
+        f"\n{written} tokens; the cache keeps {format_bytes(kept)} for {held} tokens, "
+        f"{kept / full:.0%} of the full cache's {format_bytes(full)}; its storage, "
+        f"in blocks of {cache.block} tokens, is {format_bytes(cache.nbytes())} (measured)"
     )
 
 

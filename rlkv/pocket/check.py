@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rlkv import pocket
-from rlkv.config import load
+from rlkv.cli import script
 from rlkv.files import write_atomically
 from rlkv.loading import load_model
 from rlkv.sampler import Sampler, SamplingParams
@@ -34,8 +34,8 @@ class CheckConfig:
     output: Path = Path("runs/pocket-check")  # folder for phenomenon.json and phenomenon.md
     split: str = "test"  # train, dev or test
     slots: int = 64  # answers written at the same time
-    max_new_tokens: int = 512
-    device: str = "auto"
+    max_new_tokens: int = 512  # of an answer
+    device: str = "auto"  # auto, cpu, cuda, ...
 
 
 def check(config: CheckConfig) -> list[dict[str, Any]]:
@@ -86,9 +86,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """The command."""
-    config = load(CheckConfig, None, sys.argv[1:])
+def run(config: CheckConfig) -> None:
+    """Check, and write what was found."""
     rows = check(config)
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output / "phenomenon.json", json.dumps(rows, indent=2) + "\n")
@@ -96,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script("python -m rlkv.pocket.check", __doc__.splitlines()[0], CheckConfig, run))

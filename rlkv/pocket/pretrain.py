@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from rlkv.config import load
+from rlkv.cli import script
 from rlkv.pocket.batches import EOS, WIDTHS, Pool, draw, label
 from rlkv.pocket.tasks import TASKS
 from rlkv.pocket.tokenizer import VOCABULARY, build_tokenizer
@@ -32,26 +32,26 @@ from rlkv.pocket.tokenizer import VOCABULARY, build_tokenizer
 class PretrainConfig:
     """``python -m rlkv.pocket.pretrain key=value ...``"""
 
-    out: Path = Path("runs/pocket")
+    out: Path = Path("runs/pocket")  # folder for the model, log.jsonl and card.json
     minutes: float = 7.0  # wall-clock time of training
-    layers: int = 6
-    width: int = 256
-    query_heads: int = 32
-    kv_heads: int = 16
-    head_dim: int = 16
-    mlp: int = 512
-    rope_theta: float = 1e5
+    layers: int = 6  # of the model
+    width: int = 256  # of its hidden states
+    query_heads: int = 32  # of a layer
+    kv_heads: int = 16  # of a layer
+    head_dim: int = 16  # values of a key
+    mlp: int = 512  # width of the MLP
+    rope_theta: float = 1e5  # base of the rotary embedding
     rows: int = 32  # examples of each task a step
     examples: int = 300_000  # drawn beforehand, of each task
     no_thought: float = 0.05  # share of reasoning examples asked without a thought
-    learning_rate: float = 2e-3
-    warmup_steps: int = 200
-    weight_decay: float = 0.1
-    workers: int = 14
-    seed: int = 0
+    learning_rate: float = 2e-3  # at its peak
+    warmup_steps: int = 200  # until that peak
+    weight_decay: float = 0.1  # of AdamW, on matrices
+    workers: int = 14  # processes that draw the examples
+    seed: int = 0  # of the weights and the examples
     graph: bool = True  # capture the step as a CUDA graph
     compile: bool = True  # fuse each decoder layer's small operations (Inductor)
-    device: str = "cuda"
+    device: str = "cuda"  # cuda or cpu
 
 
 def build_model(config: PretrainConfig) -> Qwen3ForCausalLM:
@@ -82,9 +82,8 @@ def build_model(config: PretrainConfig) -> Qwen3ForCausalLM:
 def logits_of(model: Qwen3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """[rows, width, vocabulary]; right padding needs no mask, which keeps the fused causal attention."""
     place = torch.arange(ids.shape[1], device=ids.device)[None]
-    with torch.autocast(
-        ids.device.type, torch.bfloat16, cache_enabled=False
-    ):  # a captured graph may not cache
+    # A captured graph may not cache.
+    with torch.autocast(ids.device.type, torch.bfloat16, cache_enabled=False):
         hidden = model.model(
             ids, attention_mask={"full_attention": None}, position_ids=place, use_cache=False
         )
@@ -130,9 +129,7 @@ class Stepper:
         )
         shape = {task: (config.rows, WIDTHS[task]) for task in TASKS}
         self.ids = {task: torch.zeros(shape[task], dtype=torch.long, device=config.device) for task in TASKS}
-        self.labels = {
-            task: torch.zeros(shape[task], dtype=torch.long, device=config.device) for task in TASKS
-        }
+        self.labels = {task: torch.zeros_like(ids) for task, ids in self.ids.items()}
         self.losses = torch.zeros(len(TASKS), device=config.device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -177,16 +174,14 @@ class Stepper:
             self.graph.replay()
 
 
-def train(config: PretrainConfig) -> Qwen3ForCausalLM:
+def train(config: PretrainConfig) -> None:
     """Train until the time is up; writes ``log.jsonl`` as it goes and the model at the end."""
     config.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     model: Any = build_model(config)
     model.to(config.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{parameters / 1e6:.2f} M parameters; drawing {config.examples:,} examples of each task", flush=True
-    )
+    print(f"{parameters / 1e6:.2f} M parameters; {config.examples:,} examples of each task", flush=True)
     with ProcessPoolExecutor(config.workers) as executor:
         pools = {
             task: Pool(
@@ -248,11 +243,8 @@ def train(config: PretrainConfig) -> Qwen3ForCausalLM:
         "config": {**asdict(config), "out": str(config.out)},
     }
     (config.out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    print(
-        f"{step} steps; exact traces on dev after rounding to bfloat16: {card['exact_trace_dev']}", flush=True
-    )
-    return model
+    print(f"{step} steps; exact traces on dev, rounded to bfloat16: {card['exact_trace_dev']}", flush=True)
 
 
 if __name__ == "__main__":
-    train(load(PretrainConfig, None, sys.argv[1:]))
+    sys.exit(script("python -m rlkv.pocket.pretrain", __doc__.splitlines()[0], PretrainConfig, train))
