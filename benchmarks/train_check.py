@@ -2,9 +2,9 @@
 
 The judge is transformers' forward with the reference attention, in 16 bits as well: a float32 copy of an 8B
 model has no place beside it. Two right ways to compute in 16 bits differ by rounding, so ours must not be
-further from the judge than twice PyTorch's fused attention is, on the same sequences. (The judge rounds too:
-on the H100 they are .117 and .080 from it, where from float32 they are .061 and .059.) The gradient is that
-of the mean log-probability; the policy loss has a cap that rounding crosses (docs/gpu.md).
+further from the judge than 1.5 times PyTorch's fused attention is, on the same sequences. (The judge rounds
+too: on the H100 they are .117 and .080 from it, where from float32 they are .061 and .059.) The gradient is
+that of the mean log-probability; the policy loss has a cap that rounding crosses (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlkv.logprobs import response_logprobs
 from rlkv.window import Window
 
 LENGTHS, PROMPT = (540, 400, 60), 100
-WORSE = 2.0
+WORSE = 1.5
 
 
 @contextmanager
